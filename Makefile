@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test export readme clean
+
+# The environment is made once; it is made again when the package's needs change.
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "polyp_difom needs Python 3.10 or newer: make PYTHON=python3.11 install")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev,tensorboard]'
+	touch $@
+
+demo: install
+	$(BIN)/polyp-difom demo
+
+test: install
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+# For whoever edits notebooks: write the library, clean the notebooks, renew README.md.
+export: install
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+readme: install
+	$(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > README.md
+
+clean:
+	rm -rf .venv build dist *.egg-info _docs _proc
