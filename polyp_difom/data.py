@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #28c664ce
 class InputError(ValueError):

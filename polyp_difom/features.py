@@ -20,7 +20,7 @@ import zarr
 from fastcore.basics import patch
 from filelock import FileLock
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import __version__
 from .data import InputError, find_images, name_some, read_image, train_folder, _subfolder
 from .teachers import Teacher, create_teacher

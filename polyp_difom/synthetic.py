@@ -125,7 +125,7 @@ def mucosa_albedo(
     size, # (height, width) in pixels
 ): # float32 (3, height, width): RGB in [0, 1] before any light
     "The colour of the bare wall: a mixture of mucosa tones that drifts across the frame."
-    first, second = map(as_planes, rng.dirichlet([.5]*len(MUCOSA_COLOURS), 2) @ MUCOSA_COLOURS)
+    first, second = map(as_planes, rng.dirichlet([1.5]*len(MUCOSA_COLOURS), 2) @ MUCOSA_COLOURS)
     drift = np.clip(.35*(1 + smooth_noise(rng, size, 2)), 0, .7)
     return (first + drift*(second - first))*(1 + REDNESS*.1*layered_noise(rng, size, 7, layers=5))
 

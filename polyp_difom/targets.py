@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import zarr
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import InputError
 from .features import FeatureStore, _new_array, file_hash, told_when_full
 from .frequency import split_frequency

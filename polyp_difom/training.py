@@ -19,7 +19,7 @@ from fastai.callback.schedule import ParamScheduler # adds fit_one_cycle to Lear
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import __version__
 from .data import InputError, PolypDataset, atomic_path, list_pairs, polyp_dataloaders, split_pairs, train_folder
 from .features import FeatureStore, told_when_full
@@ -65,7 +65,7 @@ class Distillation(Callback):
     ): self.weights = weights
 
     def before_fit(self):
-        self.handle = self.model.latents.register_forward_hook(lambda module, inputs, output: setattr(self, 'latents', output))
+        self.handle = self.model.latents.register_forward_hook(lambda module, inputs, output: setattr(self, 'outputs', output))
 
     def before_batch(self):
         mask, *self.target = self.yb
@@ -75,7 +75,7 @@ class Distillation(Callback):
         if not self.training: return
         target = self.target[0]
         with torch.set_grad_enabled(self.phase >= 2):
-            low, high = (latent_loss(latent, target[:, i]) for i, latent in enumerate(self.latents))
+            low, high = (latent_loss(latent, target[:, i]) for i, latent in enumerate(self.outputs))
         self.learn.parts = dict(seg=self.loss.detach(), l1=low.detach(), l2=high.detach())
         if self.phase < 2: return
         segmentation, to_low, to_high = self.weights
@@ -103,14 +103,14 @@ class EpochLog(Callback):
         rows=() # of the epochs before a resumed run
     ): self.rows = list(rows)
 
-    def before_train(self): self.parts, self.start = [], time.perf_counter()
+    def before_train(self): self.batches, self.start = [], time.perf_counter()
 
     def after_batch(self):
-        if self.training: self.parts.append(dict(loss=self.loss.item(), **{k: v.item() for k, v in getattr(self.learn, 'parts', dict(seg=self.loss)).items()}))
+        if self.training: self.batches.append(dict(loss=self.loss.item(), **{k: v.item() for k, v in getattr(self.learn, 'parts', dict(seg=self.loss)).items()}))
 
     def after_epoch(self):
         if self.epoch < len(self.rows): return # skipped by a resumed run
-        means = {k: float(np.mean([p[k] for p in self.parts])) for k in self.parts[0]}
+        means = {k: float(np.mean([batch[k] for batch in self.batches])) for k in self.batches[0]}
         valid_loss, dice = self.recorder.values[-1][-2:]
         self.rows.append(dict(epoch=self.epoch + 1, phase=getattr(self.learn, 'phase', 1), **means, valid_loss=valid_loss, valid_dice=dice,
                               lr=self.opt.hypers[-1]['lr'], seconds=round(time.perf_counter() - self.start, 2)))
@@ -204,6 +204,7 @@ def make_learner(
     size:int=352, # pixels
     epochs=(40, 40, 40), # of the three phases
     batch_size:int=16, seed:int=0, allow_empty:bool=False, device=None,
+    scales=(0.75, 1.0, 1.25), # sizes drawn per batch, relative to `size`
     cbs=() # more fastai callbacks: clipping, TensorBoard …
 ) -> Learner:
     "A fastai learner with the three phases, or without them for the baseline."
@@ -214,7 +215,7 @@ def make_learner(
         cbs += [PhaseSchedule(epochs), Distillation(), EncoderFreeze()]
     if device.type == 'cuda': cbs.append(MixedPrecision(amp_mode=AMPMode.BF16))
     dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets, allow_empty), PolypDataset(valid_pairs, size, allow_empty=allow_empty),
-                            batch_size, device=device)
+                            batch_size, scales, device)
     return Learner(dls, model, segmentation_loss, opt_func=adam, metrics=dice_score, cbs=cbs)
 
 # %% ../nbs/09_training.ipynb #f1e8a319
@@ -233,6 +234,7 @@ def train(
     resume:bool=False, # go on with the run in `out`
     allow_empty:bool=False, # accept frames without polyp
     device=None, # fastest there is if None
+    scales=(0.75, 1.0, 1.25), # sizes drawn per batch, relative to `size`
     cbs=(), # more fastai callbacks
     **student_options # as `width=16`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, config.json
@@ -244,9 +246,9 @@ def train(
     train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), valid, seed)
     torch.manual_seed(seed)
     model = PolypDiFoM(create_student(student, **student_options), distilled=features is not None)
-    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, cbs)
+    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs)
     _run_settings(dict(student=student, options=student_options, distilled=features is not None, size=size, epochs=epochs, batch_size=batch_size,
-                       lr=lr, schedule=schedule, valid=valid, seed=seed, images=[len(train_pairs), len(valid_pairs)]), out, resume)
+                       lr=lr, schedule=schedule, valid=valid, seed=seed, scales=list(scales), images=[len(train_pairs), len(valid_pairs)]), out, resume)
     rows = resume_learner(learn, out) if (out/'last.safetensors').exists() else []
     if len(rows) < sum(epochs): _fit(learn, rows, out, sum(epochs), lr, schedule)
     return out

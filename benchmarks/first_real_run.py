@@ -1,0 +1,87 @@
+"""The first run on real images: one U-Net distilled and undistilled, on a small budget.
+
+    python benchmarks/first_real_run.py DATA WEIGHTS [--out runs/first-real-run] [--collect]
+
+DATA is a data set in the PraNet layout, WEIGHTS the MobileNetV2 checkpoint of ImageNet in timm's key names. Extracts, trains both arms
+side by side (a thread each), evaluates both, and writes benchmarks/results/first-real-run.{json,png}. An interrupted run goes on.
+--collect only gathers what is there.
+"""
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from polyp_difom import __version__
+from polyp_difom.benchmark import published
+
+RESULTS = Path(__file__).parent/'results'
+ARMS = ('distilled', 'undistilled')
+TRAIN = '--student unet --width 16 --size 128 --epochs 6 6 6 --batch-size 16 --lr 2e-3 --schedule one-cycle --seed 0'
+
+
+def commands(data, weights, out):
+    "The command lines, step by step; those of one step run at the same time."
+    teacher = f'timm/mobilenetv2_100={weights},pad_type=same,mean=0.502,std=0.502'
+    return [[f'polyp-difom extract {data} --teacher {teacher} --out {out}/features'],
+            [f'polyp-difom train {data} {TRAIN} --features {out}/features --out {out}/distilled', f'polyp-difom train {data} {TRAIN} --out {out}/undistilled'],
+            [f'polyp-difom evaluate {out}/{arm} {data}' for arm in ARMS]]
+
+
+def run(steps):
+    "Run the steps, with one thread for each of two commands side by side."
+    for step in steps:
+        environment = os.environ | (dict(OMP_NUM_THREADS='1') if len(step) > 1 else {})
+        resume = ['--resume'] if step[0].startswith('polyp-difom train') else []
+        running = [subprocess.Popen([str(Path(sys.executable).parent/'polyp-difom'), *line.split()[1:], *resume], env=environment) for line in step]
+        if any(process.wait() for process in running): sys.exit('a command failed')
+
+
+def processor():
+    "Name of the processor."
+    names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
+    return names[0] if names else platform.processor()
+
+
+def collect(out, steps):
+    "Both reports, how they were made, and on what."
+    reports = {arm: json.loads((out/arm/'evaluation/report.json').read_text()) for arm in ARMS}
+    logs = {arm: list(csv.DictReader((out/arm/'log.csv').open())) for arm in ARMS}
+    return dict(what='small-budget run at 128 px, 18 epochs, one seed; not the setting of the paper (352 px, 120 epochs)',
+                commands=[line for step in steps for line in step], machine=dict(processor=processor(), cores=os.cpu_count(), threads_per_arm=1),
+                versions=dict(polyp_difom=__version__, torch=torch.__version__, python=platform.python_version()),
+                training_wall_minutes={arm: round(sum(float(row['seconds']) for row in log)/60, 1) for arm, log in logs.items()},
+                best_epoch={arm: max(log, key=lambda row: (float(row['valid_dice']), int(row['epoch'])))['epoch'] for arm, log in logs.items()},
+                reports=reports)
+
+
+def draw(result):
+    "mDice of both arms on every set, and the paper's, which had another budget."
+    sets = list(result['reports']['distilled']['sets'])
+    figure, axis = plt.subplots(figsize=(7.5, 2.8), layout='constrained')
+    for i, (arm, colour) in enumerate(zip(ARMS, ('tab:blue', 'tab:orange'))):
+        places = [x + 0.36*(i - 0.5) for x in range(len(sets))]
+        axis.bar(places, [result['reports'][arm]['sets'][name]['mDice'] for name in sets], width=0.34, color=colour, label=f'{arm}, 128 px, 18 epochs')
+        paper = [published('unet', arm == 'distilled').get(name, {}).get('mDice') for name in sets]
+        axis.plot(places, paper, '_', color='black', markersize=16, label='paper, 352 px, 120 epochs' if i else None)
+    axis.set_xticks(range(len(sets)), [f'{name}\n({result["reports"]["distilled"]["sets"][name]["images"]} images)' for name in sets], fontsize=8)
+    axis.set(ylabel='mDice', ylim=(0, 1)); axis.legend(fontsize=7, ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.17), frameon=False)
+    return figure
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data'); parser.add_argument('weights')
+    parser.add_argument('--out', type=Path, default=Path('runs/first-real-run')); parser.add_argument('--collect', action='store_true')
+    given = parser.parse_args()
+    steps = commands(given.data, given.weights, given.out)
+    if not given.collect: run(steps)
+    result = collect(given.out, steps)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS/'first-real-run.json').write_text(json.dumps(result, indent=1) + '\n')
+    draw(result).savefig(RESULTS/'first-real-run.png', dpi=90)
