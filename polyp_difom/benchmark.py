@@ -132,7 +132,7 @@ def report_rows(
     "The table of a report: ours, and the published figure behind a slash."
     def cell(scores, key, paper):
         beside = scores['published'].get(paper) if paper else None
-        return f'{scores[key]:.3f}' + (f' / {beside:.3f}' if beside is not None else '')
+        return f'{scores[key]:.3f}' + (f'/{beside:.3f}' if beside is not None else '')
     rows = [[name, str(scores['images']), *(cell(scores, key, paper) for key, paper in COLUMNS.items())] for name, scores in report['sets'].items()]
     return [['set', 'images', *COLUMNS], *rows]
 
@@ -143,7 +143,7 @@ def report_markdown(
     header, *rows = report_rows(report)
     table = [header, ['---'] + ['---:']*(len(header) - 1), *rows]
     arm = 'distilled' if report['distilled'] else 'undistilled'
-    note = ', ours / published (paper: 352 px, 120 epochs)' if any(s['published'] for s in report['sets'].values()) else ''
+    note = ', ours/published (paper: 352 px, 120 epochs)' if any(s['published'] for s in report['sets'].values()) else ''
     return f'{report["student"]}, {arm}, {report["size"]} px, {report["epochs"]} epochs{note}\n\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in table) + '\n'
 
 # %% ../nbs/11_benchmark.ipynb #ceedff09

@@ -26,6 +26,11 @@ from tqdm import tqdm
 # %% ../nbs/00_data.ipynb #28c664ce
 class InputError(ValueError):
     "A mistake in what the user gave: one line that says what is wrong, where, and what to do."
+    def __init__(self, message:str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self): return self.message # fastai lengthens the `args` of what a callback raises
 
 # %% ../nbs/00_data.ipynb #31999fe2
 def name_some(

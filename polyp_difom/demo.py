@@ -46,8 +46,8 @@ def _figures(out, data, store, runs):
 # %% ../nbs/13a_demo.ipynb #35912f47
 def demo(
     out='runs/demo', # folder for everything the demo makes
-    n_train:int=180, n_test:int=50, # synthetic frames
-    epochs=(7, 6, 2), # of the three phases
+    n_train:int=170, n_test:int=40, # synthetic frames
+    epochs=(7, 5, 2), # of the three phases
     width:int=6, # of the U-Net
     seed:int=0
 ) -> dict: # `distilled` and `undistilled`: reports as from `evaluate`; `seconds`
@@ -56,7 +56,7 @@ def demo(
     if (out/'distilled').exists() or (out/'undistilled').exists(): raise InputError(f'{out}: holds a demo already; choose another --out or remove it')
     data = make_synthetic(out/'data', n_train, n_test, seed, size=(192, 240))
     extract(data, ['filterbank'], out/'features')
-    settings = dict(student='unet', width=width, size=128, epochs=epochs, batch_size=8, lr=8e-3, schedule='one-cycle', scales=(0.75, 1.0), seed=seed)
+    settings = dict(student='unet', width=width, size=128, epochs=epochs, batch_size=8, lr=8e-3, schedule='one-cycle', scales=(0.75, 0.75, 1.0), seed=seed)
     runs = {arm: train(data, out/arm, features=features, **settings) for arm, features in (('distilled', out/'features'), ('undistilled', None))}
     reports = {arm: evaluate(run, data) for arm, run in runs.items()}
     for name, figure in _figures(out, data, FeatureStore(out/'features'), runs):

@@ -168,9 +168,9 @@ def vessel_map(
 
 # %% ../nbs/00_synthetic.ipynb #c545dc5e
 POLYP_KINDS = 'sessile', 'pedunculated', 'flat', 'camouflaged'
-KIND_SHARES = .48, .22, .2, .1
+KIND_SHARES = .52, .24, .19, .05
 RELIEF = dict(sessile=.75, pedunculated=.85, flat=.2, camouflaged=.24) # height of the dome as a share of the radius
-TINT = dict(sessile=1.1, pedunculated=1.1, flat=.95, camouflaged=.4) # strength of the polyp's own colour
+TINT = dict(sessile=1.1, pedunculated=1.1, flat=1.05, camouflaged=.4) # strength of the polyp's own colour
 AREA_RANGE = .012, .2 # share of the frame, before the scope's edge cuts anything off
 
 @dataclass
