@@ -170,7 +170,7 @@ def vessel_map(
 POLYP_KINDS = 'sessile', 'pedunculated', 'flat', 'camouflaged'
 KIND_SHARES = .52, .24, .19, .05
 RELIEF = dict(sessile=.75, pedunculated=.85, flat=.2, camouflaged=.24) # height of the dome as a share of the radius
-TINT = dict(sessile=1.1, pedunculated=1.1, flat=1.05, camouflaged=.4) # strength of the polyp's own colour
+TINT = dict(sessile=1.1, pedunculated=1.1, flat=1.05, camouflaged=.5) # strength of the polyp's own colour
 AREA_RANGE = .012, .2 # share of the frame, before the scope's edge cuts anything off
 
 @dataclass
@@ -260,7 +260,7 @@ def tint_polyp(
 ): # float32 (3, height, width)
     "The wall's colour with the polyp's tint and grain inside its outline."
     size = cover.shape
-    tint = FAINT + rng.uniform()*(DEEP - FAINT)
+    tint = FAINT + rng.uniform(.5, 1)*(DEEP - FAINT)
     strength = TINT[polyp.kind]*rng.uniform(.6, 1.1)*(1 + .5*smooth_noise(rng, size, 12))
     grain = smooth_noise(rng, size, rng.integers(45, 80)) + .6*smooth_noise(rng, size, 22)
     change = strength*(as_planes(tint) - 1) + rng.uniform(.05, .13)*REDNESS*grain
