@@ -64,6 +64,7 @@ unetpp,1,ETIS-LaribPolypDB,53.6,43.5,49.2,80.8,72.5,3.0
 unetpp,1,Kvasir,84.9,76.5,84.1,95.1,91.7,4.6
 '''
 
+# %% ../nbs/11_benchmark.ipynb #8326a168
 def published(
     student:str, # registry name
     distilled:bool

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from .benchmark import evaluate, report_markdown
 from .data import InputError, atomic_path, list_pairs, read_image, test_folders, train_folder

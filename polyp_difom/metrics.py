@@ -16,7 +16,7 @@ from PIL import Image
 from py_sod_metrics import MAE, DICEHandler, Emeasure, FmeasureV2, IOUHandler, Smeasure, WeightedFmeasure
 from torch import Tensor
 
-from .data import InputError, find_images, read_mask
+from .data import InputError, find_images, name_some, read_mask
 
 # %% ../nbs/10_metrics.ipynb #127ec555
 METRICS = ('mDice', 'mIoU', 'wFm', 'Sm', 'Em_max', 'Em_mean', 'MAE',
@@ -149,8 +149,7 @@ def _pair_up(predictions, masks):
         if not found: raise InputError(f"{folder} holds no image")
     missing = [stem for stem in gts if stem not in maps]
     if missing:
-        first = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
-        raise InputError(f"{len(missing)} of {len(gts)} masks have no prediction of the same name in {predictions}: {first}")
+        raise InputError(f"{len(missing)} of {len(gts)} masks have no prediction of the same name in {predictions}: {name_some(missing, 3)}")
     return {stem: (maps[stem], gts[stem]) for stem in gts}
 
 def _score_files(files):
