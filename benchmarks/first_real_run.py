@@ -10,17 +10,12 @@ import argparse
 import csv
 import json
 import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
-from polyp_difom import __version__
+from common import RESULTS, processor, run, versions
 from polyp_difom.benchmark import published
 
-RESULTS = Path(__file__).parent/'results'
 ARMS = ('distilled', 'undistilled')
 TRAIN = '--student unet --width 16 --size 128 --epochs 6 6 6 --batch-size 16 --lr 2e-3 --schedule one-cycle --seed 0'
 
@@ -33,28 +28,13 @@ def commands(data, weights, out):
             [f'polyp-difom evaluate {out}/{arm} {data}' for arm in ARMS]]
 
 
-def run(steps):
-    "Run the steps, with one thread for each of two commands side by side."
-    for step in steps:
-        environment = os.environ | (dict(OMP_NUM_THREADS='1') if len(step) > 1 else {})
-        resume = ['--resume'] if step[0].startswith('polyp-difom train') else []
-        running = [subprocess.Popen([str(Path(sys.executable).parent/'polyp-difom'), *line.split()[1:], *resume], env=environment) for line in step]
-        if any(process.wait() for process in running): sys.exit('a command failed')
-
-
-def processor():
-    "Name of the processor."
-    names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
-    return names[0] if names else platform.processor()
-
-
 def collect(out, steps):
     "Both reports, how they were made, and on what."
     reports = {arm: json.loads((out/arm/'evaluation/report.json').read_text()) for arm in ARMS}
     logs = {arm: list(csv.DictReader((out/arm/'log.csv').open())) for arm in ARMS}
     return dict(what='small-budget run at 128 px, 18 epochs, one seed; not the setting of the paper (352 px, 120 epochs)',
                 commands=[line for step in steps for line in step], machine=dict(processor=processor(), cores=os.cpu_count(), threads_per_arm=1),
-                versions=dict(polyp_difom=__version__, torch=torch.__version__, python=platform.python_version()),
+                versions=versions(),
                 training_wall_minutes={arm: round(sum(float(row['seconds']) for row in log)/60, 1) for arm, log in logs.items()},
                 best_epoch={arm: max(log, key=lambda row: (float(row['valid_dice']), int(row['epoch'])))['epoch'] for arm, log in logs.items()},
                 reports=reports)

@@ -14,6 +14,10 @@ from .frequency import *
 from .targets import *
 from .students.blocks import *
 from .students.unet import *
+from .students.unetpp import *
+from .students.pranet import *
+from .students.emcad import *
+from .students.external import *
 from .latents import *
 from .decoder import *
 from .model import *

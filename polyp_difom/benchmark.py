@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'COLUMNS', 'published', 'read_run', 'score_set', 'show_extremes', 'report_rows', 'report_markdown',
-           'evaluate']
+           'evaluate', 'import_published']
 
 # %% ../nbs/11_benchmark.ipynb #246b734f
 import csv, json
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .data import InputError, atomic_path, list_pairs, read_image, read_mask, test_folders
 from .features import told_when_full
 from .metrics import METRICS, SegmentationMetrics, minmax_map, score_map
-from .model import PolypDiFoM, load_model, predict
+from .model import PolypDiFoM, create_student, load_model, load_published, predict, save_model
 
 # %% ../nbs/11_benchmark.ipynb #f443bb27
 PUBLISHED = '''
@@ -76,14 +76,15 @@ def published(
 
 # %% ../nbs/11_benchmark.ipynb #84dc31fd
 def read_run(
-    run # folder made by `train`
+    run, # folder made by `train` or `import_published`
+    student=None # for a network that is not in the registry
 ) -> tuple: # model in eval mode, settings of the run
     "The best model of a run, and how it was trained. Raises `InputError` if the folder holds no run."
     config = Path(run)/'config.json'
     if not config.is_file(): raise InputError(f'{run}: no run in it; make one with `polyp-difom train`')
     try: settings = json.loads(config.read_text())['settings']
     except (ValueError, KeyError): raise InputError(f'{config}: not readable; the run is damaged') from None
-    return load_model(run), settings
+    return load_model(run, student), settings
 
 # %% ../nbs/11_benchmark.ipynb #0792c77c
 def score_set(
@@ -144,16 +145,18 @@ def report_markdown(
     header, *rows = report_rows(report)
     table = [header, ['---'] + ['---:']*(len(header) - 1), *rows]
     arm = 'distilled' if report['distilled'] else 'undistilled'
+    length = f'{report["epochs"]} epochs' if report['epochs'] else 'published weights'
     note = ', ours/published (paper: 352 px, 120 epochs)' if any(s['published'] for s in report['sets'].values()) else ''
-    return f'{report["student"]}, {arm}, {report["size"]} px, {report["epochs"]} epochs{note}\n\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in table) + '\n'
+    return f'{report["student"]}, {arm}, {report["size"]} px, {length}{note}\n\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in table) + '\n'
 
 # %% ../nbs/11_benchmark.ipynb #ceedff09
 def evaluate(
-    run, # folder made by `train`
-    data # data set in the PraNet layout
+    run, # folder made by `train` or `import_published`
+    data, # data set in the PraNet layout
+    student=None # for a network that is not in the registry
 ) -> dict: # run settings, and under `sets` the scores, count and published figures of every test set
     "Score a run on every set under `TestDataset`; report.json, report.md, scores and a picture per set go to RUN/evaluation."
-    model, settings = read_run(run)
+    model, settings = read_run(run, student)
     folders, out = test_folders(data), Path(run)/'evaluation'
     report = dict(student=settings['student'], options=settings['options'], distilled=settings['distilled'], size=settings['size'],
                   epochs=sum(settings['epochs']), seed=settings['seed'], sets={})
@@ -174,3 +177,24 @@ def _write_set(out, name, per_image, figure):
         table.writerows(dict(image=image, **scores) for image, scores in per_image.items())
     with atomic_path(out/f'{name}.png') as path: figure.savefig(path, format='png', dpi=80)
     plt.close(figure)
+
+# %% ../nbs/11_benchmark.ipynb #dcc85d2d
+def import_published(
+    name:str, # pranet, emcadnet_pvt_v2_b2, polypdifom_unetpp
+    weights, # path of the published checkpoint
+    out, # folder of the run to make
+    size:int=352, # what it was trained at, in pixels
+    **options # of the student, as `activation='relu6'`
+) -> Path: # `out`
+    "Make a run of a published checkpoint, for `evaluate` and `predict_files`. Raises `InputError`."
+    out, net = Path(out), load_published(name, weights, **options)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f'{out}: exists already; choose another --out')
+    if name == 'polypdifom_unetpp':
+        plain = create_student('unetpp')
+        plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+        net = plain
+    settings = dict(student=net.config['name'], options=options, distilled=False, size=size, epochs=[0, 0, 0], seed=None, published=name)
+    with told_when_full(out):
+        save_model(PolypDiFoM(net, distilled=False), out/'best.safetensors')
+        with atomic_path(out/'config.json') as path: path.write_text(json.dumps(dict(settings=settings), indent=1))
+    return out

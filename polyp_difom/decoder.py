@@ -11,16 +11,19 @@ from torch import nn
 
 # %% ../nbs/06_decoder.ipynb #0605e27d
 class FoundationalFusion(nn.Module):
-    "The encoder's maps with L1 and L2 in the place of the deepest one."
+    "The encoder's maps with L1 and L2 in the place of the deepest one, or added to it where they are narrower."
     def __init__(self,
         channels:int, # of each latent
-        n_out:int # channels that the student's decoder expects of the deepest map
+        deepest:int # channels of the deepest map
     ):
         super().__init__()
-        self.join = nn.Identity() if 2*channels == n_out else nn.Conv2d(2*channels, n_out, 1)
+        self.join = None if 2*channels == deepest else nn.Conv2d(2*channels, deepest, 1)
+        if self.join: nn.init.zeros_(self.join.weight); nn.init.zeros_(self.join.bias)
 
     def forward(self,
         features:list, # [f1 … fn], fine to coarse
         l1, l2 # (B, channels, h, w), of the size of fn
     ) -> list: # [f1 … fn']
-        return [*features[:-1], self.join(torch.cat([l1, l2], 1))]
+        *finer, deepest = features
+        latents = torch.cat([l1, l2], 1)
+        return [*finer, deepest + self.join(latents) if self.join else latents]

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from . import __version__
 from .data import InputError, PolypDataset, atomic_path, list_pairs, polyp_dataloaders, split_pairs, train_folder
 from .features import FeatureStore, told_when_full
-from .losses import latent_loss, segmentation_loss
+from .losses import latent_loss, losses, output_loss
 from .model import PolypDiFoM, create_student, read_tensors, save_model, save_tensors
+from .students.blocks import encoder_modules
 from .targets import build_targets
 
 # %% ../nbs/09_training.ipynb #56d66601
@@ -86,14 +87,20 @@ class Distillation(Callback):
 
 # %% ../nbs/09_training.ipynb #69f24043
 class EncoderFreeze(Callback):
-    "From phase III on: no gradient for the student's encoder, its batch norms in eval mode."
+    "From phase III on: no gradient for what the student's `encode` runs through, its batch norms in eval mode."
     order = -6
+    def __init__(self, size:int=64): self.size = size # side of a blank image that the encoder takes
+    def before_fit(self): self.modules, self.frozen = [], []
     def before_train(self):
         if self.phase < 3: return
-        encoder = self.model.student.encoder.eval()
-        for parameter in encoder.parameters(): parameter.requires_grad_(False).grad = None
+        if not self.modules:
+            self.modules = encoder_modules(self.model.student, self.size)
+            self.frozen = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        for module in self.modules: module.eval()
+        for parameter in self.frozen: parameter.requires_grad_(False).grad = None
 
-    def after_fit(self): self.model.student.encoder.requires_grad_(True)
+    def after_fit(self):
+        for parameter in self.frozen: parameter.requires_grad_(True)
 
 # %% ../nbs/09_training.ipynb #6b3276cc
 class EpochLog(Callback):
@@ -205,24 +212,27 @@ def make_learner(
     epochs=(40, 40, 40), # of the three phases
     batch_size:int=16, seed:int=0, allow_empty:bool=False, device=None,
     scales=(0.75, 1.0, 1.25), # sizes drawn per batch, relative to `size`
-    cbs=() # more fastai callbacks: clipping, TensorBoard …
+    cbs=(), # more fastai callbacks: clipping, TensorBoard …
+    loss:str=None, # segmentation loss, see `losses`; the student's own if None
+    mutation:bool=False # over all subsets of side outputs, see `output_loss`
 ) -> Learner:
     "A fastai learner with the three phases, or without them for the baseline."
     device = torch.device(device) if device else default_device()
     cbs, targets = [EpochSeed(seed), *cbs], None
     if features is not None:
         targets = build_targets(FeatureStore(features), [pair.image for pair in train_pairs], model.latent_grid(size), model.latents.channels)
-        cbs += [PhaseSchedule(epochs), Distillation(), EncoderFreeze()]
+        cbs += [PhaseSchedule(epochs), Distillation(), EncoderFreeze(size)]
     if device.type == 'cuda': cbs.append(MixedPrecision(amp_mode=AMPMode.BF16))
     dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets, allow_empty), PolypDataset(valid_pairs, size, allow_empty=allow_empty),
                             batch_size, scales, device)
-    return Learner(dls, model, segmentation_loss, opt_func=adam, metrics=dice_score, cbs=cbs)
+    loss_func = partial(output_loss, name=loss or getattr(model.student, 'loss', 'bce-dice'), mutation=mutation)
+    return Learner(dls, model, loss_func, opt_func=adam, metrics=dice_score, cbs=cbs)
 
 # %% ../nbs/09_training.ipynb #f1e8a319
 def train(
     data, # data set in the PraNet layout
     out, # folder of the run
-    student:str='unet', # see `list_students`
+    student='unet', # name, see `list_students`, or a network of one's own with `encode` and `decode`
     features=None, # feature store; without it the undistilled baseline is trained
     size:int=352, # training size in pixels
     epochs=(40, 40, 40), # of phases I, II and III
@@ -236,6 +246,8 @@ def train(
     device=None, # fastest there is if None
     scales=(0.75, 1.0, 1.25), # sizes drawn per batch, relative to `size`
     cbs=(), # more fastai callbacks
+    loss:str=None, # segmentation loss: bce-dice, structure, structure-weighted; the student's own if None
+    mutation:bool=False, # for students with side outputs: a loss for every subset of them
     **student_options # as `width=16`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, config.json
     "Train a student, distilled or not. Raises `InputError` before the first epoch if anything given does not fit."
@@ -243,11 +255,14 @@ def train(
     if len(epochs) != 3 or min(epochs) < 0 or not sum(epochs): raise InputError(f'epochs {epochs}: give three numbers, one for each phase')
     if schedule not in ('constant', 'one-cycle'): raise InputError(f'schedule {schedule}: choose constant or one-cycle')
     if size < 32: raise InputError(f'size {size}: too small, 32 pixels at least')
+    if loss not in (None, *losses): raise InputError(f'loss {loss}: choose {", ".join(losses)}')
     train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), valid, seed)
     torch.manual_seed(seed)
-    model = PolypDiFoM(create_student(student, **student_options), distilled=features is not None)
-    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs)
-    _run_settings(dict(student=student, options=student_options, distilled=features is not None, size=size, epochs=epochs, batch_size=batch_size,
+    network = create_student(student, **student_options) if isinstance(student, str) else student
+    model = PolypDiFoM(network, distilled=features is not None)
+    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs, loss, mutation)
+    name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
+    _run_settings(dict(student=name, options=options, loss=learn.loss_func.keywords, distilled=features is not None, size=size, epochs=epochs, batch_size=batch_size,
                        lr=lr, schedule=schedule, valid=valid, seed=seed, scales=list(scales), images=[len(train_pairs), len(valid_pairs)]), out, resume)
     rows = resume_learner(learn, out) if (out/'last.safetensors').exists() else []
     if len(rows) < sum(epochs): _fit(learn, rows, out, sum(epochs), lr, schedule)
