@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['student_registry', 'pad_to_multiple', 'crop', 'Student', 'measure_maps', 'encoder_modules', 'conv_norm_relu',
-           'DoubleConv', 'register_student', 'left_to_chance', 'timm_encoder', 'count_cost']
+           'DoubleConv', 'register_student', 'left_to_chance', 'out_of_reach', 'timm_encoder', 'count_cost']
 
 # %% ../../nbs/students/00_blocks.ipynb #3880c359
 from pathlib import Path
@@ -113,6 +113,14 @@ def left_to_chance(
     twin = again.state_dict()
     return [k for k, v in network.state_dict().items() if not torch.equal(v, twin[k])]
 
+def out_of_reach(
+    name:str, # of the network
+    error:Exception
+) -> InputError:
+    "What to say, and what to do, when pretrained weights cannot be fetched."
+    return InputError(f'pretrained weights of {name}: the hub cannot be reached ({" ".join(str(error).split())[:150]}); give a local file '
+                      '(--backbone-weights FILE, pretrained=FILE) or start without (--no-pretrained, pretrained=False)')
+
 def timm_encoder(
     name:str, # of a timm network
     pretrained=True, # weights from the hub; False for none, a path for a local file
@@ -126,11 +134,9 @@ def timm_encoder(
     make = lambda: timm.create_model(name, pretrained=bool(pretrained), features_only=True, **options)
     try: encoder = make()
     except Exception as error:
-        reason = ' '.join(str(error).split())[:150]
-        if is_file: raise InputError(f'{pretrained}: not backbone weights of {name} ({reason})') from None
+        if is_file: raise InputError(f'{pretrained}: not backbone weights of {name} ({" ".join(str(error).split())[:150]})') from None
         if not pretrained: raise
-        raise InputError(f'pretrained weights of {name}: the hub cannot be reached ({reason}); give a local file '
-                         '(--backbone-weights FILE, pretrained=FILE) or start without (--no-pretrained, pretrained=False)') from None
+        raise out_of_reach(name, error) from None
     if is_file and (left := left_to_chance(encoder, make())): raise InputError(f'{pretrained}: not backbone weights of {name}: it lacks {name_some(left, 3)}')
     return encoder
 

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 from ..data import InputError, name_some
-from .blocks import Student, crop, left_to_chance, pad_to_multiple
+from .blocks import Student, crop, left_to_chance, out_of_reach, pad_to_multiple
 from ..teachers import nearest, read_weights
 
 # %% ../../nbs/students/05_external.ipynb #e565bc16
@@ -118,8 +118,7 @@ def smp_student(
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         if not weights: raise InputError(f'student {name}: {reason}') from None
         if is_file: raise InputError(f'{pretrained}: not backbone weights of {encoder} ({reason})') from None
-        raise InputError(f'pretrained weights of {encoder}: the hub cannot be reached ({reason}); give a local file '
-                         '(--backbone-weights FILE, pretrained=FILE) or start without (--no-pretrained, pretrained=False)') from None
+        raise out_of_reach(encoder, error) from None
     if is_file and weights:
         left = left_to_chance(student.model.encoder, build(architecture, encoder, weights, options | overlay).model.encoder)
         if left: raise InputError(f'{pretrained}: not backbone weights of {encoder}: it lacks {name_some(left, 3)}')
