@@ -89,6 +89,7 @@ def train_command(
     allow_empty:Annotated[bool, typer.Option('--allow-empty', help='Accept frames whose mask is empty.')]=False,
     loss:Annotated[Optional[str], typer.Option(help='bce-dice, structure or structure-weighted; by default what the student was published with.')]=None,
     mutation:Annotated[bool, typer.Option('--mutation', help='A loss for every subset of side outputs (EMCADNet).')]=False,
+    precision:Annotated[Optional[str], typer.Option(help='bf16 or fp32; the faster on the device by default.')]=None,
     device:Annotated[Optional[str], typer.Option(help='cuda, cpu …; the fastest there is by default.')]=None,
 ):
     "Train a student in three phases, or undistilled. The best epoch is chosen on a validation part, never on a test set."
@@ -96,7 +97,7 @@ def train_command(
     if backbone_weights and not pretrained: raise typer.BadParameter('give --backbone-weights or --no-pretrained, not both')
     options = ({} if width is None else dict(width=width)) | ({} if pretrained and not backbone_weights else dict(pretrained=backbone_weights or False))
     run = train(data, out, student, features, size, epochs, batch_size, lr, schedule, valid, seed, resume, allow_empty, device,
-                loss=loss, mutation=mutation, **options)
+                loss=loss, mutation=mutation, precision=precision, **options)
     console.print(f'{run}: done; score it with: polyp-difom evaluate {run} {data}', soft_wrap=True)
 
 # %% ../nbs/14_cli.ipynb #603906c7

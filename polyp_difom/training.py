@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import ParamScheduler # adds fit_one_cycle to Learner
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -24,7 +23,7 @@ from . import __version__
 from .data import InputError, PolypDataset, atomic_path, list_pairs, polyp_dataloaders, split_pairs, train_folder
 from .features import FeatureStore, told_when_full
 from .losses import latent_loss, losses, output_loss
-from .model import PolypDiFoM, create_student, read_tensors, save_model, save_tensors
+from .model import PolypDiFoM, create_student, fast_precision, read_tensors, save_model, save_tensors
 from .students.blocks import encoder_modules
 from .targets import build_targets
 
@@ -214,7 +213,8 @@ def make_learner(
     scales=(0.75, 1.0, 1.25), # sizes drawn per batch, relative to `size`
     cbs=(), # more fastai callbacks: clipping, TensorBoard …
     loss:str=None, # segmentation loss, see `losses`; the student's own if None
-    mutation:bool=False # over all subsets of side outputs, see `output_loss`
+    mutation:bool=False, # over all subsets of side outputs, see `output_loss`
+    precision:str=None # `bf16` or `fp32`; the faster on the device if None
 ) -> Learner:
     "A fastai learner with the three phases, or without them for the baseline."
     device = torch.device(device) if device else default_device()
@@ -222,7 +222,7 @@ def make_learner(
     if features is not None:
         targets = build_targets(FeatureStore(features), [pair.image for pair in train_pairs], model.latent_grid(size), model.latents.channels)
         cbs += [PhaseSchedule(epochs), Distillation(), EncoderFreeze(size)]
-    if device.type == 'cuda': cbs.append(MixedPrecision(amp_mode=AMPMode.BF16))
+    model.precision = precision or fast_precision(device)
     dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets, allow_empty), PolypDataset(valid_pairs, size, allow_empty=allow_empty),
                             batch_size, scales, device)
     loss_func = partial(output_loss, name=loss or getattr(model.student, 'loss', 'bce-dice'), mutation=mutation)
@@ -248,6 +248,7 @@ def train(
     cbs=(), # more fastai callbacks
     loss:str=None, # segmentation loss: bce-dice, structure, structure-weighted; the student's own if None
     mutation:bool=False, # for students with side outputs: a loss for every subset of them
+    precision:str=None, # bf16 or fp32; the faster on the device if None
     **student_options # as `width=16`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, config.json
     "Train a student, distilled or not. Raises `InputError` before the first epoch if anything given does not fit."
@@ -256,13 +257,14 @@ def train(
     if schedule not in ('constant', 'one-cycle'): raise InputError(f'schedule {schedule}: choose constant or one-cycle')
     if size < 32: raise InputError(f'size {size}: too small, 32 pixels at least')
     if loss not in (None, *losses): raise InputError(f'loss {loss}: choose {", ".join(losses)}')
+    if precision not in (None, 'bf16', 'fp32'): raise InputError(f'precision {precision}: choose bf16 or fp32')
     train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), valid, seed)
     torch.manual_seed(seed)
     network = create_student(student, **student_options) if isinstance(student, str) else student
     model = PolypDiFoM(network, distilled=features is not None)
-    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs, loss, mutation)
+    learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs, loss, mutation, precision)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
-    _run_settings(dict(student=name, options=options, loss=learn.loss_func.keywords, distilled=features is not None, size=size, epochs=epochs, batch_size=batch_size,
+    _run_settings(dict(student=name, options=options, loss=learn.loss_func.keywords, precision=model.precision, distilled=features is not None, size=size, epochs=epochs, batch_size=batch_size,
                        lr=lr, schedule=schedule, valid=valid, seed=seed, scales=list(scales), images=[len(train_pairs), len(valid_pairs)]), out, resume)
     rows = resume_learner(learn, out) if (out/'last.safetensors').exists() else []
     if len(rows) < sum(epochs): _fit(learn, rows, out, sum(epochs), lr, schedule)
