@@ -73,7 +73,7 @@ def extract_command(
 def train_command(
     data:DataFolder,
     out:Annotated[Path, typer.Option(help='Folder of the run: best.safetensors, last.safetensors, log.csv, config.json.')],
-    student:Annotated[str, typer.Option(help='unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b] of segmentation_models_pytorch.')]='unet',
+    student:Annotated[str, typer.Option(help='unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b] of segmentation_models_pytorch; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].')]='unet',
     features:Annotated[Optional[Path], typer.Option(help='Feature store of `extract`. Without it the undistilled baseline is trained.')]=None,
     size:Annotated[int, typer.Option(help='Training size in pixels.')]=352,
     epochs:Annotated[Tuple[int, int, int], typer.Option(help='Epochs of phases I (segmentation), II (and distillation), III (encoder frozen).')]=(40, 40, 40),

@@ -32,7 +32,7 @@ from .students.blocks import Student, crop, measure_maps, pad_to_multiple, stude
 from .students.external import smp_student
 from .students.unetpp import UNetPlusPlus
 from .targets import resize
-from .teachers import nearest, read_weights
+from .teachers import nearest, parse_spec, read_weights
 
 # %% ../nbs/07_model.ipynb #dc95c60e
 def list_students() -> list: # names, and `smp/` for all of segmentation_models_pytorch
@@ -40,10 +40,13 @@ def list_students() -> list: # names, and `smp/` for all of segmentation_models_
     return sorted([*student_registry, 'smp/'])
 
 def create_student(
-    name:str, # see `list_students`; `smp/<Architecture>-<encoder>` for one of segmentation_models_pytorch
+    spec:str, # `name[,option=value …]`; see `list_students`, and `smp/<Architecture>-<encoder>` for one of segmentation_models_pytorch
     **options # of the student, as `width=16`; `pretrained`: True for the hub's backbone weights, False for none, a path for a file's
 ) -> Student:
     "A student by name. Raises `InputError` for an unknown name or option, and for weights that are out of reach."
+    name, weights, spec_options = parse_spec(spec)
+    if weights: raise InputError(f'student {spec}: weights of a backbone are given as pretrained=FILE (--backbone-weights FILE)')
+    options = spec_options | options
     if name not in student_registry and not name.startswith('smp/'): raise InputError(f'unknown student {name}; {nearest(name, list_students())}')
     options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     try: student = smp_student(name, **options) if name.startswith('smp/') else student_registry[name](**options)

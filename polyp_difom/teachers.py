@@ -86,13 +86,13 @@ def nearest(
 def parse_spec(
     spec:str # `name[=PATH-OR-REPOSITORY][,option=value …]`
 ) -> tuple: # name, checkpoint or None, dict of options
-    "Take a teacher's specification apart."
+    "Take the specification of a teacher, or a student, apart."
     first, *rest = spec.split(',')
     name, _, checkpoint = first.partition('=')
     options = {}
     for part in rest:
         key, equals, value = part.partition('=')
-        if not equals: raise InputError(f'teacher {spec}: "{part}" is no option; write option=value')
+        if not equals: raise InputError(f'{spec}: "{part}" is no option; write option=value')
         try: options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError): options[key] = value
     return name, checkpoint or None, options

@@ -89,13 +89,13 @@ class EncoderFreeze(Callback):
     "From phase III on: no gradient for what the student's `encode` runs through, its batch norms in eval mode."
     order = -6
     def __init__(self, size:int=64): self.size = size # side of a blank image that the encoder takes
-    def before_fit(self): self.modules, self.frozen = [], []
+    def before_fit(self): self.inside, self.frozen = [], []
     def before_train(self):
         if self.phase < 3: return
-        if not self.modules:
-            self.modules = encoder_modules(self.model.student, self.size)
-            self.frozen = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        for module in self.modules: module.eval()
+        if not self.inside:
+            self.inside = encoder_modules(self.model.student, self.size)
+            self.frozen = [p for module in self.inside for p in module.parameters() if p.requires_grad]
+        for module in self.inside: module.eval()
         for parameter in self.frozen: parameter.requires_grad_(False).grad = None
 
     def after_fit(self):
