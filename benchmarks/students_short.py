@@ -35,10 +35,11 @@ def collect(out, steps):
     runs = [f'{student}-{arm}' for student in STUDENTS for arm in ARMS]
     reports = {name: json.loads((out/name/'evaluation/report.json').read_text()) for name in runs}
     logs = {name: [{k: float(v) for k, v in row.items()} for row in csv.DictReader((out/name/'log.csv').open())] for name in runs}
+    precision = {name: json.loads((out/name/'config.json').read_text())['settings'].get('precision', 'fp32') for name in runs}
     return dict(what='smoke run: three epochs from scratch at 128 px (one a phase), one seed, U-Net at width 16 and U-Net++ at width 8; it shows that '
                      'every student trains, resumes, loads and is scored on real images, and ranks nothing',
                 commands=[line for step in steps for line in step],
-                machine=dict(processor=processor(), cores=os.cpu_count(), threads_per_run=1), versions=versions(),
+                machine=dict(processor=processor(), cores=os.cpu_count(), threads_per_run=1), versions=versions(), precision=precision,
                 training_wall_minutes={name: round(sum(row['seconds'] for row in log)/60, 1) for name, log in logs.items()},
                 mDice={name: {s: round(scores['mDice'], 3) for s, scores in report['sets'].items()} for name, report in reports.items()},
                 logs=logs, reports=reports)

@@ -71,7 +71,7 @@ class PolypDiFoM(nn.Module):
         student:nn.Module, # anything with `encode` and `decode`
         distilled:bool=True, # False leaves latents and fusion out
         channels:int=None, # of each latent; if None half the deepest map's up to 256, and 128 beside a wider map
-        precision:str=None # `bf16` or `fp32`; `fast_precision` of the device if None
+        precision:str='fp32' # or `bf16`
     ):
         super().__init__()
         self.student, self.distilled, self.precision = student, distilled, precision
@@ -87,7 +87,7 @@ class PolypDiFoM(nn.Module):
 
     def forward(self, image):
         x = pad_to_multiple((image - self.mean)/self.std, self.multiple)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=(self.precision or fast_precision(x.device)) == 'bf16'):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             features = self.student.encode(x)
             if self.distilled: features = self.fusion(features, *self.latents(features[-1]))
             outputs = self.student.decode(features)
