@@ -9,6 +9,7 @@ __all__ = []
 from .synthetic import *
 from .data import *
 from .teachers import *
+from .foundation import *
 from .features import *
 from .frequency import *
 from .targets import *

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
+import polyp_difom.foundation # registers the foundation models
 from . import __version__
 from .data import InputError, find_images, name_some, read_image, train_folder, _subfolder
 from .teachers import Teacher, create_teacher
@@ -122,7 +123,7 @@ def add_teacher(self:FeatureStore,
     with self.lock():
         if name in self.teachers:
             held = dict(self.array(name).attrs)['provenance']
-            different = [f'{k} {held.get(k)} instead of {provenance.get(k)}' for k in sorted(held | provenance) if held.get(k) != provenance.get(k)]
+            different = [f'{k} {held.get(k)} instead of {provenance.get(k)}' for k in sorted(held | provenance) if k != 'origin' and held.get(k) != provenance.get(k)]
             if different: raise InputError(f'{self.path}: holds other features of {name}: {"; ".join(different)}; choose another store')
             return
         features = self.group.require_group('features')
@@ -229,5 +230,7 @@ def extract(
     with told_when_full(out):
         for spec in teachers:
             teacher = create_teacher(spec) # a wrong name or checkpoint leaves no store behind
-            reports.append(extract_teacher(FeatureStore(out, create=True), teacher, images, batch_size, device))
+            try: reports.append(extract_teacher(FeatureStore(out, create=True), teacher, images, batch_size, device))
+            except torch.cuda.OutOfMemoryError: raise InputError(f'teacher {spec}: out of memory on {device} with {batch_size} images at once; give a smaller batch size') from None
+            del teacher # out of memory before the next one comes
     return reports

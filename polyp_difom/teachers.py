@@ -8,6 +8,7 @@ __all__ = ['OPPONENT', 'Teacher', 'weights_hash', 'register_teacher', 'list_teac
 
 # %% ../nbs/01_teachers.ipynb #8d37ebd9
 import ast, difflib, hashlib, math
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -22,6 +23,7 @@ from .data import InputError
 class Teacher(nn.Module):
     "A frozen model that gives a dense map; subclasses define `features`."
     settings = {} # what else decides its maps
+    bfloat16 = False # arithmetic on a GPU
 
     def __init__(self,
         name:str, # as in the registry
@@ -42,7 +44,8 @@ class Teacher(nn.Module):
         "The dense map of a batch of images."
         if image.shape[-2:] != (self.size, self.size):
             image = F.interpolate(image, size=(self.size, self.size), mode='bilinear', align_corners=False, antialias=True)
-        return self.features((image - self.mean)/self.std)
+        with torch.autocast('cuda', torch.bfloat16) if self.bfloat16 and image.is_cuda else nullcontext():
+            return self.features((image - self.mean)/self.std).float()
 
 # %% ../nbs/01_teachers.ipynb #8e43e936
 def weights_hash(module:nn.Module) -> str:
