@@ -1,0 +1,179 @@
+"Targets and their watch: options, faults, and what must hold whichever is chosen."
+import csv
+import json
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from polyp_difom.data import InputError, list_pairs, split_pairs, train_folder
+from polyp_difom.features import FeatureStore, extract
+from polyp_difom.frequency import split_kinds
+from polyp_difom.losses import latent_losses
+from polyp_difom.model import PolypDiFoM, create_student
+from polyp_difom.targets import TargetBuilder, TargetStore, build_targets, fit_targets, phi_s, projections, standardisations
+from polyp_difom.training import EpochLog, TargetCollapse, TargetWatch, make_learner, train
+from safetensors.torch import save_file
+
+GRID = dict(grid=(4, 4), channels=16)
+SHORT = dict(size=64, width=4, epochs=(0, 1, 0), batch_size=4, valid=0.25, device='cpu')
+
+
+def images_of(data): return [pair.image for pair in list_pairs(train_folder(data))]
+
+
+def covariance_of(store, images):
+    maps = torch.stack([torch.from_numpy(store.read('filterbank', image)).double().flatten(1) for image in images], 1).flatten(1)
+    return maps.cov(correction=0)
+
+
+@pytest.fixture(scope='session')
+def two_teachers(data, tmp_path_factory):
+    "Features of the filter bank and of an untrained network; not to be changed."
+    folder = tmp_path_factory.mktemp('two')
+    torch.manual_seed(0)
+    save_file(timm.create_model('mobilenetv2_050', pretrained=False).state_dict(), folder/'weights.safetensors')
+    extract(data, ['filterbank', f'timm/mobilenetv2_050={folder}/weights.safetensors,size=96'], folder/'store', device='cpu')
+    return FeatureStore(folder/'store')
+
+
+@pytest.mark.parametrize('changed', [dict(kind='dct'), dict(cutoff=0.5), dict(standardise='phi-s'), dict(projection='random'), dict(projection='random', seed=1),
+                                     dict(channels=8), dict(grid=(5, 5))], ids=str)
+def test_every_option_has_its_own_targets(changed, data, features):
+    store, images = FeatureStore(features), images_of(data)
+    default, other = build_targets(store, images, **GRID), build_targets(store, images, **(GRID | changed))
+    assert other.path != default.path and build_targets(store, images, **(GRID | changed)).path == other.path
+    assert other[3].shape != default[3].shape or (other[3] != default[3]).any()
+    for name, value in changed.items():
+        if name in ('kind', 'cutoff', 'standardise', 'projection', 'seed'): assert TargetStore(other.path, images).settings[name] == value
+
+
+@pytest.mark.parametrize('option, told', [(dict(kind='haar'), 'unknown split haar'), (dict(standardise='phi'), 'nearest: phi-s'), (dict(projection='pcb'), 'nearest: pca'),
+                                          (dict(projection='none'), 'the teachers give 63 channels, the latents have 16')])
+def test_an_option_that_does_not_fit_is_named_and_leaves_nothing(option, told, data, features):
+    store = FeatureStore(features)
+    build_targets(store, images_of(data), **GRID)
+    before = sorted((store.path/'targets').iterdir())
+    with pytest.raises(InputError, match=told): build_targets(store, images_of(data), **GRID, **option)
+    assert sorted((store.path/'targets').iterdir()) == before
+
+
+def test_unknown_distillation_makes_no_run(data, features, tmp_path):
+    with pytest.raises(InputError, match='distillation msse: choose mse, '): train(data, tmp_path/'run', features=features, distillation='msse', **SHORT)
+    with pytest.raises(InputError, match='unknown split haar'): train(data, tmp_path/'run', features=features, target_options=dict(kind='haar'), **SHORT)
+    assert not (tmp_path/'run').exists()
+
+
+def test_fit_sees_the_training_images_only(data, features, tmp_path):
+    few = shutil.copytree(data, tmp_path/'few')
+    for pair in list_pairs(train_folder(few))[8:]:
+        pair.image.unlink(); pair.mask.unlink()
+    extract(few, ['filterbank'], tmp_path/'store', device='cpu')
+    ours, alone = fit_targets(FeatureStore(features), images_of(data)[:8], **GRID), fit_targets(FeatureStore(tmp_path/'store'), images_of(few), **GRID)
+    assert torch.equal(ours.weights[0], alone.weights[0]) and torch.equal(ours.bias, alone.bias)
+    everything = fit_targets(FeatureStore(features), images_of(data), **GRID)
+    assert not torch.allclose(everything.bias, ours.bias)
+
+
+@pytest.mark.parametrize('channels', [63, 32, 7])
+def test_phi_s_gives_every_channel_the_same_variance(channels, data, features):
+    covariance = covariance_of(FeatureStore(features), images_of(data))[:channels, :channels]
+    even = phi_s(covariance) @ covariance @ phi_s(covariance).T
+    torch.testing.assert_close(even.diagonal(), torch.ones(channels, dtype=torch.double), atol=1e-9, rtol=0)
+    rotation = phi_s(covariance)*covariance.diagonal().mean().sqrt()
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(channels, dtype=torch.double), atol=1e-9, rtol=0)
+
+
+@pytest.mark.real
+def test_phi_s_on_real_images(real_data, tmp_path):
+    images = images_of(real_data)[::60]
+    (tmp_path/'data/images').mkdir(parents=True)
+    for image in images: (tmp_path/'data/images'/image.name).symlink_to(image.resolve())
+    extract(tmp_path/'data', ['filterbank'], tmp_path/'store', device='cpu')
+    covariance = covariance_of(FeatureStore(tmp_path/'store'), images)
+    even = phi_s(covariance) @ covariance @ phi_s(covariance).T
+    torch.testing.assert_close(even.diagonal(), torch.ones(63, dtype=torch.double), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize('standardise', standardisations)
+@pytest.mark.parametrize('projection', projections)
+def test_projection_is_orthonormal_and_shares_sum_to_one(standardise, projection, data, two_teachers):
+    sizes = [two_teachers.array(teacher).shape[1] for teacher in two_teachers.teachers]
+    channels = sum(sizes) if projection == 'none' else 16
+    builder = fit_targets(two_teachers, images_of(data), (4, 4), channels, standardise=standardise, projection=projection)
+    torch.testing.assert_close(builder.parts.sum(0), torch.eye(channels), atol=1e-4, rtol=0)
+    for shares in builder.fitted['shares'].values(): assert sum(shares) == pytest.approx(1)
+    if standardise != 'none': assert builder.fitted['shares']['standardised'] == pytest.approx([size/sum(sizes) for size in sizes], abs=0.02)
+
+
+@pytest.mark.parametrize('kind', split_kinds)
+def test_a_flip_of_the_maps_is_a_flip_of_the_target_but_for_the_square_window(kind):
+    torch.manual_seed(0)
+    builder = TargetBuilder([torch.randn(4, 6)], torch.randn(4), (18, 18), (7, 7), kind=kind)
+    maps = torch.randn(6, 18, 18)
+    differences = [(builder([maps.flip(axis)]) - builder([maps]).flip(axis)).abs().max() for axis in (-1, -2)]
+    assert min(differences) > 1e-2 if kind == 'square' else max(differences) < 1e-4
+
+
+@pytest.mark.parametrize('kind', latent_losses)
+def test_every_distillation_trains_and_is_kept_in_the_settings(kind, data, features, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', TargetCollapse)
+        run = train(data, tmp_path/'run', features=features, distillation=kind, **SHORT)
+    row, = csv.DictReader((run/'log.csv').open())
+    assert list(row)[-4:] == ['r2_l1', 'r2_l2', 'spread_l1', 'spread_l2'] and float(row['r2_l1']) < 1 and float(row['spread_l1']) > 0
+    assert json.loads((run/'config.json').read_text())['settings']['distillation'] == kind
+    other = 'cosine' if kind == 'mse' else 'mse'
+    with pytest.raises(InputError, match=f'distillation .* then, {other} now'):
+        train(data, run, features=features, distillation=other, resume=True, **SHORT)
+
+
+def test_every_teacher_is_watched(data, two_teachers, tmp_path):
+    run = train(data, tmp_path/'run', features=two_teachers.path, target_options=dict(standardise='phi-s', kind='dct'), **SHORT)
+    row, = csv.DictReader((run/'log.csv').open())
+    assert list(row)[-4:] == [f'r2_{latent}_{teacher}' for latent in ('l1', 'l2') for teacher in two_teachers.teachers]
+    assert json.loads((run/'config.json').read_text())['settings']['target_options'] == dict(standardise='phi-s', kind='dct')
+
+
+def watched(latent, target, parts=None):
+    "The row that `TargetWatch` writes after one batch of these."
+    watch, rows = TargetWatch(parts), [dict(epoch=1)]
+    watch.learn = SimpleNamespace(training=True, epoch_log=SimpleNamespace(rows=rows),
+                                  distillation=SimpleNamespace(pairs=[(latent, target)]*2, target=[torch.stack([target, target], 1)]))
+    watch.before_train(); watch.after_loss(); watch.after_epoch()
+    return rows[0]
+
+
+def test_r2_is_one_for_a_copy_and_zero_for_the_mean():
+    torch.manual_seed(0)
+    target = 3*torch.randn(5, 4, 6, 6) + torch.arange(4.)[:, None, None]
+    mean = target.mean((0, 2, 3), keepdim=True).expand_as(target)
+    assert watched(target, target)['r2_l1'] == pytest.approx(1)
+    assert watched(mean, target)['r2_l1'] == pytest.approx(0, abs=1e-5)
+    assert watched(mean, target)['spread_l1'] == pytest.approx((target - mean).square().mean().sqrt().item())
+    first, second = torch.eye(4)[:1], torch.eye(4)[1:] # two teachers, of one and three channels
+    row = watched(torch.cat([target[:, :1], mean[:, 1:]], 1), target, dict(a=first.T @ first, b=second.T @ second))
+    assert (row['r2_l1_a'], row['r2_l1_b']) == pytest.approx((1, 0), abs=1e-5)
+
+
+class Shrinking:
+    "Targets that lose 40 % an epoch, as trainable ones may."
+    def __init__(self, targets): self.targets, self.log = targets, None
+    def __getitem__(self, i): return torch.from_numpy(self.targets[i])*0.6**len(self.log.rows)
+
+
+@pytest.mark.parametrize('shrink', [True, False])
+def test_a_collapsing_target_is_told_once(shrink, data, features):
+    train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), 0.25)
+    torch.manual_seed(0)
+    learn = make_learner(PolypDiFoM(create_student('unet', width=4)), train_pairs, valid_pairs, features, size=64, batch_size=4, device='cpu', cbs=[EpochLog()])
+    if shrink:
+        learn.dls.train.dataset.targets = Shrinking(learn.dls.train.dataset.targets)
+        learn.dls.train.dataset.targets.log = learn.epoch_log
+    with warnings.catch_warnings(record=True) as caught, learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('always', TargetCollapse)
+        learn.fit(4)
+    told = [str(w.message).split(' is ')[0] for w in caught if w.category is TargetCollapse]
+    assert told == (['epoch 3: spread_l1', 'epoch 3: spread_l2'] if shrink else [])
