@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .data import InputError
-from .teachers import Teacher, read_weights, register_teacher, _fit_weights
+from .teachers import Teacher, heed_offline, read_weights, register_teacher, _fit_weights
 
 # %% ../nbs/01a_foundation.ipynb #58a183ba
 _columns = ('name', 'map', 'channels', 'stride', 'size', 'checkpoint', 'MB', 'licence')
@@ -60,6 +60,7 @@ def _loading(
 ):
     "Hush transformers' reports on weights that are not used; turn what it raises into an `InputError`."
     from transformers.utils import logging
+    heed_offline()
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try: yield

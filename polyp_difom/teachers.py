@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPPONENT', 'Teacher', 'weights_hash', 'register_teacher', 'list_teachers', 'nearest', 'parse_spec', 'create_teacher',
-           'gabor_pairs', 'FilterBank', 'filterbank', 'read_weights', 'TimmTeacher', 'timm_teacher']
+           'gabor_pairs', 'FilterBank', 'filterbank', 'heed_offline', 'read_weights', 'TimmTeacher', 'timm_teacher']
 
 # %% ../nbs/01_teachers.ipynb #8d37ebd9
-import ast, difflib, hashlib, math
+import ast, difflib, hashlib, math, socket
 from contextlib import nullcontext
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import timm
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
 from .data import InputError
@@ -173,6 +176,14 @@ def filterbank(name, checkpoint=None, **options):
     if checkpoint: raise InputError('teacher filterbank has no weights: leave =PATH away')
     return FilterBank(name, **options)
 
+# %% ../nbs/01_teachers.ipynb #5c8575dc
+def heed_offline():
+    "Where the hub's name does not resolve, and no proxy stands between, look into its cache only."
+    host = urlparse(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies().keys() & {'http', 'https', 'all'}: return
+    try: socket.getaddrinfo(host, 443)
+    except OSError: constants.HF_HUB_OFFLINE = True
+
 # %% ../nbs/01_teachers.ipynb #66a5faa5
 def read_weights(
     path # .safetensors, or a PyTorch file that holds tensors only
@@ -212,6 +223,7 @@ class TimmTeacher(Teacher):
         is_file = checkpoint is not None and (Path(checkpoint).suffix in ('.safetensors', '.pth', '.pt', '.bin') or Path(checkpoint).exists())
         if network not in timm.list_models(): raise InputError(f'unknown timm network {network}; {nearest(network, timm.list_models())}')
         source = network if checkpoint is None or is_file else f'hf-hub:{checkpoint}'
+        if not is_file: heed_offline()
         try: model = timm.create_model(source, pretrained=not is_file, **settings)
         except TypeError: raise
         except Exception as error:

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from fastai.callback.core import Callback
+from polyp_difom import teachers
 from polyp_difom.data import InputError, list_pairs, train_folder
 from polyp_difom.losses import latent_loss, output_loss
 from polyp_difom.model import PolypDiFoM, create_student, load_model, save_model
@@ -74,6 +75,17 @@ def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, fail
     line = fails('train', data, '--student', 'pranet', '--out', tmp_path/'run')
     assert 'res2net50d' in line and '--backbone-weights FILE' in line and '--no-pretrained' in line
     assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('resolves, proxies, offline', [(False, {}, True), (True, {}, False), (False, dict(https='http://proxy'), False)])
+def test_a_machine_without_a_network_does_not_wait_for_one(monkeypatch, resolves, proxies, offline):
+    def getaddrinfo(*args):
+        if not resolves: raise OSError('Name or service not known')
+    monkeypatch.setattr(teachers.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(teachers.socket, 'getaddrinfo', getaddrinfo)
+    monkeypatch.setattr(teachers, 'getproxies', lambda: proxies)
+    teachers.heed_offline()
+    assert teachers.constants.HF_HUB_OFFLINE == offline
 
 
 def test_backbone_weights_of_a_file(tmp_path, data, polyp_difom, fails):

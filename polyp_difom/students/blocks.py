@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..data import InputError, name_some
+from ..teachers import heed_offline
 
 # %% ../../nbs/students/00_blocks.ipynb #8b84036b
 def pad_to_multiple(
@@ -131,6 +132,7 @@ def timm_encoder(
     if is_file:
         if not Path(pretrained).is_file(): raise InputError(f'{pretrained}: no such file; it should hold backbone weights of {name}')
         options['pretrained_cfg_overlay'] = dict(file=str(pretrained))
+    if pretrained is True: heed_offline()
     make = lambda: timm.create_model(name, pretrained=bool(pretrained), features_only=True, **options)
     try: encoder = make()
     except Exception as error:

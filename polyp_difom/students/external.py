@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from ..data import InputError, name_some
 from .blocks import Student, crop, left_to_chance, out_of_reach, pad_to_multiple
-from ..teachers import nearest, read_weights
+from ..teachers import heed_offline, nearest, read_weights
 
 # %% ../../nbs/students/05_external.ipynb #e565bc16
 class SmpStudent(Student):
@@ -112,6 +112,7 @@ def smp_student(
         weights = True if pretrained else None
         if is_file: overlay = dict(pretrained_cfg_overlay=dict(file=str(pretrained)))
     elif pretrained is True: weights = min(smp.encoders.encoders[encoder]['pretrained_settings'], key=lambda s: s != 'imagenet')
+    if pretrained is True: heed_offline()
     try: student = build(architecture, encoder, weights, options | overlay)
     except Exception as error:
         if weights: smp_student(name, False, **options) # raises if name or options are at fault
