@@ -1,0 +1,104 @@
+"""Does the distillation target collapse? The same student on the same real features, with the published trainable fusion and with frozen targets.
+
+    python benchmarks/collapse.py DATA FEATURES [--images 288] [--epochs 6 18 6] [--size 128]
+
+DATA is a data set in the PraNet layout, FEATURES a store of `polyp-difom extract`. Writes benchmarks/results/collapse.{json,png}: target spread,
+latent losses, the share of the target's variance that L1 and L2 explain (R²), and validation Dice, epoch by epoch. The published arm has the
+authors' fusion (1x1 convolution and ReLU over the teachers' maps at 64x64, trained by the distillation losses) and their square window; all
+else is as in the other arm, so here its latents reach the decoder.
+"""
+import argparse
+import json
+import os
+
+import matplotlib.pyplot as plt
+import torch
+from common import RESULTS, processor, versions
+from fastai.learner import Learner
+from polyp_difom.data import PolypDataset, list_pairs, polyp_dataloaders, split_pairs, train_folder
+from polyp_difom.features import FeatureStore
+from polyp_difom.frequency import square_window_low
+from polyp_difom.losses import output_loss
+from polyp_difom.model import PolypDiFoM, create_student, fast_precision
+from polyp_difom.targets import build_targets, resize
+from polyp_difom.training import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score
+from torch import nn
+
+ARMS = {'trainable fusion (published)': 'tab:red', 'frozen targets': 'tab:blue'}
+
+
+class RawMaps:
+    "`raw[i]` -> (C, h, w): the maps of all teachers for image i, on the finest grid."
+    def __init__(self, store, images):
+        self.store, self.images = store, store.check_images(images)
+        self.grid = max(store.array(teacher).shape[-2:] for teacher in store.teachers)
+    def __getitem__(self, i):
+        return torch.cat([resize(torch.from_numpy(self.store.read(teacher, self.images[i])).float(), self.grid) for teacher in self.store.teachers])
+
+
+class TrainableFusion(nn.Module):
+    "(B, C, h, w) -> (B, 2, channels, 64, 64): LFC and HFC of the fused maps, as in the authors' notebook."
+    def __init__(self, n_in, channels):
+        super().__init__()
+        self.fuse = nn.Sequential(nn.Conv2d(n_in, channels, 1), nn.ReLU())
+    def forward(self, raw):
+        fused = self.fuse(resize(raw, (64, 64)))
+        low = square_window_low(fused).real
+        return torch.stack([low, fused - low], 1)
+
+
+class PublishedDistillation(Distillation):
+    "Targets come from the model's own fusion."
+    name = 'distillation'
+    def before_batch(self):
+        super().before_batch()
+        if self.training: self.target = [self.model.teacher_fusion(self.target[0].float())]
+
+
+def train(arm, train_pairs, valid_pairs, store, given):
+    "One arm; the rows of its log."
+    torch.manual_seed(0)
+    images, size = [pair.image for pair in train_pairs], given.size
+    model = PolypDiFoM(create_student('unet', width=16))
+    if arm == 'frozen targets':
+        targets, distillation = build_targets(store, images, model.latent_grid(size), model.latents.channels), Distillation()
+    else:
+        targets, distillation = RawMaps(store, images), PublishedDistillation()
+        model.teacher_fusion = TrainableFusion(len(targets[0]), model.latents.channels)
+    dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets), PolypDataset(valid_pairs, size), 16, (1.,), torch.device('cpu'))
+    model.precision = fast_precision(torch.device('cpu'))
+    learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score,
+                    cbs=[EpochSeed(0), PhaseSchedule(given.epochs), distillation, EncoderFreeze(size), EpochLog(), TargetWatch()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(sum(given.epochs), 1e-3)
+    return learn.epoch_log.rows
+
+
+def draw(arms, epochs):
+    "Spread, losses, R² and Dice of both arms."
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.6), layout='constrained')
+    panels = (('target spread', ('spread_l1', 'spread_l2')), ('latent loss', ('l1', 'l2')), ('R² of L1 and L2', ('r2_l1', 'r2_l2')), ('validation Dice', ('valid_dice',)))
+    for axis, (title, columns) in zip(axes, panels):
+        for arm, colour in ARMS.items():
+            for column, style in zip(columns, ('-', '--')):
+                axis.plot([row['epoch'] for row in arms[arm]], [row[column] for row in arms[arm]], style, color=colour, label=arm if style == '-' else None)
+        for end in (epochs[0] + .5, sum(epochs[:2]) + .5): axis.axvline(end, color='gray', ls=':')
+        axis.set(title=title + (', LFC solid, HFC dashed' if len(columns) == 2 and axis is axes[0] else ''), xlabel='epoch')
+    axes[2].set_ylim(-1, 1); axes[0].legend(fontsize=7)
+    return figure
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data'); parser.add_argument('features')
+    parser.add_argument('--images', type=int, default=288); parser.add_argument('--size', type=int, default=128)
+    parser.add_argument('--epochs', type=int, nargs=3, default=[6, 18, 6])
+    given = parser.parse_args()
+    train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(given.data)), 0.1, 0)
+    _, some = split_pairs(train_pairs, given.images/len(train_pairs), 0)
+    store = FeatureStore(given.features)
+    arms = {arm: train(arm, some, valid_pairs, store, given) for arm in ARMS}
+    result = dict(what=f'U-Net width 16, {given.size} px, {len(some)} training images, {sum(given.epochs)} epochs, Adam 1e-3, one seed; a small run to watch targets, not scores',
+                  command=f'python benchmarks/collapse.py {given.data} {given.features} --images {given.images} --size {given.size} --epochs ' + ' '.join(map(str, given.epochs)),
+                  machine=dict(processor=processor(), cores=os.cpu_count()), versions=versions(), teachers=store.teachers, arms=arms)
+    (RESULTS/'collapse.json').write_text(json.dumps(result, indent=1) + '\n')
+    draw(arms, given.epochs).savefig(RESULTS/'collapse.png', dpi=80)
