@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['student_registry', 'pad_to_multiple', 'crop', 'Student', 'measure_maps', 'encoder_modules', 'conv_norm_relu',
-           'DoubleConv', 'register_student', 'left_to_chance', 'out_of_reach', 'timm_encoder', 'count_cost']
+           'DoubleConv', 'pyramid', 'register_student', 'left_to_chance', 'out_of_reach', 'timm_encoder', 'count_cost']
 
 # %% ../../nbs/students/00_blocks.ipynb #3880c359
 from pathlib import Path
@@ -97,6 +97,16 @@ class DoubleConv(nn.Sequential):
     def __init__(self, n_in, n_out, n_middle=None):
         n_middle = n_middle or n_out
         super().__init__(*conv_norm_relu(n_in, n_middle), *conv_norm_relu(n_middle, n_out))
+
+# %% ../../nbs/students/00_blocks.ipynb #d5f41c37
+def pyramid(
+    blocks, # of an encoder, fine to coarse
+    x # (B, 3, H, W)
+) -> list: # [f1 … fn], each half the size of the one before
+    "Run blocks one after the other, with max pooling by two between them."
+    features = [blocks[0](x)]
+    for block in blocks[1:]: features.append(block(F.max_pool2d(features[-1], 2)))
+    return features
 
 # %% ../../nbs/students/00_blocks.ipynb #b6f00379
 student_registry = {}

@@ -9,7 +9,7 @@ __all__ = ['Up', 'UNet', 'unet']
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .blocks import DoubleConv, Student, register_student
+from .blocks import DoubleConv, Student, pyramid, register_student
 
 # %% ../../nbs/students/01_unet.ipynb #435a90af
 class Up(nn.Module):
@@ -34,10 +34,7 @@ class UNet(Student):
                                      ((c[4], c[3], c[2]), (c[2], c[2], c[1]), (c[1], c[1], c[0]), (c[0], c[0], c[0])))
         self.head = nn.Conv2d(c[0], 1, 1)
 
-    def encode(self, x): # (B, 3, H, W) -> [(B, c_i, H/s_i, W/s_i)]
-        features = [self.encoder[0](x)]
-        for block in self.encoder[1:]: features.append(block(F.max_pool2d(features[-1], 2)))
-        return features
+    def encode(self, x): return pyramid(self.encoder, x) # (B, 3, H, W) -> [(B, c_i, H/s_i, W/s_i)]
 
     def decode(self, features): # -> logits (B, 1, H, W)
         *skips, x = features

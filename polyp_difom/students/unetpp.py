@@ -9,7 +9,7 @@ __all__ = ['UNetPlusPlus', 'unetpp']
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .blocks import DoubleConv, Student, register_student
+from .blocks import DoubleConv, Student, pyramid, register_student
 
 # %% ../../nbs/students/02_unetpp.ipynb #5b3d00f0
 class UNetPlusPlus(Student):
@@ -26,10 +26,7 @@ class UNetPlusPlus(Student):
         self.nodes = nn.ModuleDict({f'{i}_{j}': DoubleConv(j*c[i] + c[i + 1], c[i]) for j in range(1, 5) for i in range(5 - j)})
         self.heads = nn.ModuleList(nn.Conv2d(c[0], 1, 1) for _ in range(4 if deep_supervision else 1))
 
-    def encode(self, x): # (B, 3, H, W) -> [(B, c_i, H/s_i, W/s_i)]
-        features = [self.encoder[0](x)]
-        for block in self.encoder[1:]: features.append(block(F.max_pool2d(features[-1], 2)))
-        return features
+    def encode(self, x): return pyramid(self.encoder, x) # (B, 3, H, W) -> [(B, c_i, H/s_i, W/s_i)]
 
     def decode(self, features): # -> logits (B, 1, H, W), or a list of four
         rows = [[f] for f in features]
