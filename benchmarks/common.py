@@ -1,4 +1,6 @@
-"What the benchmark scripts share: running commands, and saying on what machine."
+"What the benchmark scripts share: running commands, saying on what machine, and their command line."
+import argparse
+import json
 import os
 import platform
 import subprocess
@@ -29,3 +31,17 @@ def processor():
 def versions():
     "Of what the numbers depend on."
     return dict(polyp_difom=__version__, torch=torch.__version__, python=platform.python_version())
+
+
+def main(name, doc, commands, collect):
+    "Command line of a script that runs `commands(data, weights, out)` and keeps what `collect(out, steps)` gathers; gives that."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data'); parser.add_argument('weights')
+    parser.add_argument('--out', type=Path, default=Path('runs')/name); parser.add_argument('--collect', action='store_true')
+    given = parser.parse_args()
+    steps = commands(given.data, given.weights, given.out)
+    if not given.collect: run(steps)
+    result = collect(given.out, steps)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS/f'{name}.json').write_text(json.dumps(result, indent=1) + '\n')
+    return result

@@ -6,14 +6,12 @@ DATA is a data set in the PraNet layout, WEIGHTS the MobileNetV2 checkpoint of I
 side by side (a thread each), evaluates both, and writes benchmarks/results/first-real-run.{json,png}. An interrupted run goes on.
 --collect only gathers what is there.
 """
-import argparse
 import csv
 import json
 import os
-from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import RESULTS, processor, run, versions
+from common import RESULTS, main, processor, versions
 from polyp_difom.benchmark import published
 
 ARMS = ('distilled', 'undistilled')
@@ -55,13 +53,5 @@ def draw(result):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('data'); parser.add_argument('weights')
-    parser.add_argument('--out', type=Path, default=Path('runs/first-real-run')); parser.add_argument('--collect', action='store_true')
-    given = parser.parse_args()
-    steps = commands(given.data, given.weights, given.out)
-    if not given.collect: run(steps)
-    result = collect(given.out, steps)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS/'first-real-run.json').write_text(json.dumps(result, indent=1) + '\n')
+    result = main('first-real-run', __doc__, commands, collect)
     draw(result).savefig(RESULTS/'first-real-run.png', dpi=90)

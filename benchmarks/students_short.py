@@ -6,13 +6,11 @@ DATA is a data set in the PraNet layout, WEIGHTS the MobileNetV2 checkpoint of I
 both arms of each student side by side (a thread each), evaluates, and writes benchmarks/results/students-short.json. An interrupted run
 goes on. --collect only gathers what is there.
 """
-import argparse
 import csv
 import json
 import os
-from pathlib import Path
 
-from common import RESULTS, processor, run, versions
+from common import main, processor, versions
 
 BUDGET = '--size 128 --epochs 1 1 1 --batch-size 16 --lr 1e-3 --schedule one-cycle --seed 0'
 STUDENTS = {'unet': '--width 16', 'unetpp': '--width 8', 'pranet': '--no-pretrained', 'emcadnet': '--no-pretrained'}
@@ -46,12 +44,4 @@ def collect(out, steps):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('data'); parser.add_argument('weights')
-    parser.add_argument('--out', type=Path, default=Path('runs/students-short')); parser.add_argument('--collect', action='store_true')
-    given = parser.parse_args()
-    steps = commands(given.data, given.weights, given.out)
-    if not given.collect: run(steps)
-    result = collect(given.out, steps)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS/'students-short.json').write_text(json.dumps(result, indent=1) + '\n')
+    main('students-short', __doc__, commands, collect)
