@@ -66,15 +66,27 @@ def teachers_command():
 # %% ../nbs/14_cli.ipynb #177df02f
 @app.command('extract')
 def extract_command(
-    data:DataFolder,
+    data:Annotated[str, typer.Argument(help='Data set in the PraNet layout (its training images), any other folder of pictures, or the address of one: [b]s3://bucket/frames[/b].')],
     teacher:Annotated[List[str], typer.Option(help='name[=PATH-OR-REPOSITORY][,option=value …], as [b]dinov2[/b] or [b]timm/resnet50=weights.safetensors,size=448[/b]. May be given several times; [b]polyp-difom teachers[/b] lists them.')],
-    out:Annotated[Path, typer.Option(help='Folder of the feature store; an existing one is completed.')],
+    out:Annotated[str, typer.Option(help='Folder or address of the feature store; an existing one is completed.')],
     batch_size:Annotated[int, typer.Option(help='Images the teacher sees at once.', min=1)]=16,
-    device:Annotated[Optional[str], typer.Option(help='cuda, cpu …; the fastest there is by default.')]=None,
+    views:Annotated[Optional[str], typer.Option(help='flips: features of the flipped images, too.')]=None,
+    engine:Annotated[str, typer.Option(help='local, or ray: on the Ray cluster of RAY_ADDRESS, or a new one on this machine.')]='local',
+    workers:Annotated[Optional[int], typer.Option(help='With --engine ray, how many; one for each GPU, or CPU, by default.', min=1)]=None,
+    device:Annotated[Optional[str], typer.Option(help='With --engine local: cuda, cpu …; the fastest there is by default.')]=None,
 ):
-    "Run frozen teachers over the training images, once. Interrupted, the same command does what is missing."
-    from polyp_difom.features import extract
-    for report in extract(data, teacher, out, batch_size, device):
+    "Run frozen teachers over images, once. Interrupted, the same command does what is missing."
+    if views not in (None, 'flips'): raise typer.BadParameter(f'--views {views}: there is flips only')
+    if engine not in ('local', 'ray'): raise typer.BadParameter(f'--engine {engine}: choose local or ray')
+    if engine == 'ray' and device: raise typer.BadParameter('--device goes with --engine local; Ray places its workers')
+    if engine == 'local' and workers: raise typer.BadParameter('--workers goes with --engine ray')
+    if engine == 'ray':
+        from polyp_difom.cluster import extract_on_cluster
+        reports = extract_on_cluster(data, teacher, out, batch_size, workers, flips=bool(views))
+    else:
+        from polyp_difom.features import extract
+        reports = extract(data, teacher, out, batch_size, device, flips=bool(views))
+    for report in reports:
         rate = f'{report["images_per_s"]} images/s' if report['images'] else 'nothing to do'
         console.print(f'{report["teacher"]}: {report["images"]} images in {report["seconds"]} s, {rate}')
 
@@ -84,7 +96,8 @@ def train_command(
     data:DataFolder,
     out:Annotated[Path, typer.Option(help='Folder of the run: best.safetensors, last.safetensors, log.csv, config.json.')],
     student:Annotated[str, typer.Option(help='unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b] of segmentation_models_pytorch; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].')]='unet',
-    features:Annotated[Optional[Path], typer.Option(help='Feature store of `extract`. Without it the undistilled baseline is trained.')]=None,
+    features:Annotated[Optional[str], typer.Option(help='Feature store of `extract`, folder or address. Without it the undistilled baseline is trained.')]=None,
+    teacher:Annotated[Optional[List[str]], typer.Option(help='Which of its teachers to learn from, all by default. A specification as for extract is held against the store.')]=None,
     size:Annotated[int, typer.Option(help='Training size in pixels.')]=352,
     epochs:Annotated[Tuple[int, int, int], typer.Option(help='Epochs of phases I (segmentation), II (and distillation), III (encoder frozen).')]=(40, 40, 40),
     width:Annotated[Optional[int], typer.Option(help='Channels of the first block, for students that have such an option.', min=1)]=None,
@@ -113,7 +126,7 @@ def train_command(
     options = ({} if width is None else dict(width=width)) | ({} if pretrained and not backbone_weights else dict(pretrained=backbone_weights or False))
     run = train(data, out, student, features, size, epochs, batch_size, lr, schedule, valid, seed, resume, allow_empty, device,
                 loss=loss, mutation=mutation, precision=precision, distillation=distillation,
-                target_options=dict(kind=split, cutoff=cutoff, standardise=standardise, projection=projection), **options)
+                target_options=dict(kind=split, cutoff=cutoff, standardise=standardise, projection=projection, teachers=teacher or []), **options)
     console.print(f'{run}: done; score it with: polyp-difom evaluate {run} {data}', soft_wrap=True)
 
 # %% ../nbs/14_cli.ipynb #603906c7

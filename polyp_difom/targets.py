@@ -175,24 +175,26 @@ def fit_targets(
     kind:str='hard', # of the split, see `split_frequency`
     standardise:str='channel', # none, channel or phi-s
     projection:str='pca', # pca, random, or none where the latents have as many channels as the teachers
-    seed:int=0 # of a random projection
+    seed:int=0, # of a random projection
+    teachers:list=() # names; all that the store has if empty
 ) -> TargetBuilder:
     "Fit the projection on the training part of a data set. Raises `InputError` for an option that is unknown or does not fit."
     for what, name, known in (('split', kind, split_kinds), ('standardisation', standardise, standardisations), ('projection', projection, projections)):
         if name not in known: raise InputError(f'unknown {what} {name}; {nearest(name, known)}')
-    arrays = [store.array(teacher) for teacher in store.teachers]
+    teachers = list(teachers) or store.teachers
+    arrays = [store.array(teacher) for teacher in teachers]
     sizes, field = [a.shape[1] for a in arrays], tuple(max(a.shape[i] for a in arrays) for i in (2, 3))
     if projection == 'none' and sum(sizes) > channels:
         raise InputError(f'projection none: the teachers give {sum(sizes)} channels, the latents have {channels}; choose pca or random')
     step = max(1, (field[0]*field[1])//256)
     def samples():
         for image in tqdm(images, desc='fitting targets', unit='image', leave=False):
-            maps = [resize(torch.from_numpy(store.read(teacher, image)).float(), field) for teacher in store.teachers]
+            maps = [resize(torch.from_numpy(store.read(teacher, image)).float(), field) for teacher in teachers]
             yield torch.cat(maps).flatten(1)[:, ::step]
     weight, bias, basis, found = fit_projection(*_covariance(samples()), sizes, channels, standardise, projection, seed)
     parts = torch.stack([part @ part.T for part in basis.split(sizes, 1)])
     return TargetBuilder(list(weight.split(sizes, 1)), bias, field, grid, cutoff, kind, parts,
-                         standardise=standardise, projection=projection, seed=seed, **found)
+                         teachers=teachers, standardise=standardise, projection=projection, seed=seed, **found)
 
 # %% ../nbs/04_targets.ipynb #2fbbc75b
 class TargetStore:
@@ -215,21 +217,26 @@ class TargetStore:
     def __getitem__(self, i): return self.array[self.rows[i]] # (2, C, h, w) float16: LFC and HFC
 
 # %% ../nbs/04_targets.ipynb #77ce901d
-def _target_key(store, hashes, options) -> str:
+def _target_key(provenance, hashes, options) -> str:
     "A name made of all that decides the targets."
-    settings = dict(teachers=[store.array(t).attrs['provenance'] for t in store.teachers], **options)
+    settings = dict(teachers=provenance, **options)
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode() + b''.join(hashes), digest_size=6).hexdigest()
 
-def _write_targets(path, store, hashes, builder):
+def _targets_folder(store) -> Path:
+    "Beside the features, or in the user's cache if those are at an address."
+    if isinstance(store.path, Path): return store.path/'targets'
+    return Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()/'polyp_difom'/'targets'
+
+def _write_targets(path, store, hashes, builder, provenance):
     "Write the target of every image, and the projection that made it."
     group = zarr.open_group(str(path), mode='w')
     array = _new_array(group, 'targets', (len(hashes), 2, len(builder.bias), *builder.grid))
     for i, image in enumerate(tqdm(hashes, desc='targets', unit='image', leave=False)):
-        array[i] = builder([torch.from_numpy(store.read(teacher, image)) for teacher in store.teachers]).half().numpy()
+        array[i] = builder([torch.from_numpy(store.read(teacher, image)) for teacher in builder.fitted['teachers']]).half().numpy()
     for name, values in (('index', np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 16)), ('weight', torch.cat(builder.weights, 1).numpy()),
                          ('bias', builder.bias.numpy()), ('parts', builder.parts.numpy())):
         group[name] = values
-    group.attrs.update(teachers=store.teachers, field=list(builder.field), cutoff=builder.cutoff, kind=builder.kind, **builder.fitted)
+    group.attrs.update(provenance=provenance, field=list(builder.field), cutoff=builder.cutoff, kind=builder.kind, **builder.fitted)
 
 # %% ../nbs/04_targets.ipynb #5c70b766
 def build_targets(
@@ -241,16 +248,19 @@ def build_targets(
     kind:str='hard', # of the split, see `split_frequency`
     standardise:str='channel', # none, channel or phi-s
     projection:str='pca', # pca, random, or none where the latents have as many channels as the teachers
-    seed:int=0 # of a random projection
+    seed:int=0, # of a random projection
+    teachers:list=() # as for `FeatureStore.check_teachers`; all that the store has if empty
 ) -> TargetStore:
-    "Targets for all images, from disk if they were made before. Raises `InputError` if the store lacks an image or an option does not fit."
-    hashes = store.check_images(images)
+    "Targets for all images, from disk if they were made before. Raises `InputError` if the store lacks a teacher or an image, or an option does not fit."
+    teachers = store.check_teachers(teachers)
+    hashes = store.check_images(images, teachers)
     options = dict(grid=tuple(grid), channels=channels, cutoff=cutoff, kind=kind, standardise=standardise, projection=projection, seed=seed)
-    path = store.path/'targets'/_target_key(store, hashes, options)
+    provenance = [store.array(teacher).attrs['provenance'] for teacher in teachers]
+    path = _targets_folder(store)/_target_key(provenance, hashes, options)
     if not path.exists():
         draft = path.with_name(f'{path.name}.{os.getpid()}')
         try:
-            with told_when_full(store.path): _write_targets(draft, store, hashes, fit_targets(store, hashes, **options))
+            with told_when_full(path.parent): _write_targets(draft, store, hashes, fit_targets(store, hashes, **options, teachers=teachers), provenance)
             try: draft.rename(path)
             except OSError:
                 if not path.exists(): raise # another process was faster otherwise

@@ -106,14 +106,17 @@ def parse_spec(
 def create_teacher(
     spec:str, # `name[=PATH-OR-REPOSITORY][,option=value …]`
     checkpoint=None, # local file or repository; may stand in `spec`
-    **options # of the teacher: `size`, `mean`, `std` …; may stand in `spec`
+    **options # of the teacher: `size`, `mean`, `std` …, and `name`, another to be known by; may stand in `spec`
 ) -> Teacher:
     "A frozen teacher by name. Raises `InputError` for an unknown name or a checkpoint that does not fit."
     name, spec_checkpoint, spec_options = parse_spec(spec)
     family = name.split('/')[0] + '/' if '/' in name else name
     if family not in _teachers: raise InputError(f'unknown teacher {name}; {nearest(name, _teachers)}')
-    try: teacher = _teachers[family](name, checkpoint or spec_checkpoint, **(spec_options | options))
+    options = spec_options | options
+    alias = options.pop('name', None)
+    try: teacher = _teachers[family](name, checkpoint or spec_checkpoint, **options)
     except TypeError as error: raise InputError(f'teacher {spec}: {error}') from None
+    teacher.name = alias or teacher.name
     return teacher.eval().requires_grad_(False)
 
 # %% ../nbs/01_teachers.ipynb #09b47cc7
@@ -155,7 +158,7 @@ class FilterBank(Teacher):
         directions:int=4
     ):
         super().__init__(name, size)
-        self.levels = levels
+        self.levels, self.settings = levels, dict(levels=levels, directions=directions)
         self.register_buffer('pairs', gabor_pairs(directions))
         self.register_buffer('blur', torch.outer(*2*[torch.tensor([1., 4., 6., 4., 1.])/16])[None])
 

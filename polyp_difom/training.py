@@ -152,7 +152,8 @@ class TargetWatch(Callback):
         if not self.training: return
         for name, (latent, target), stored in zip(('l1', 'l2'), self.learn.distillation.pairs, self.learn.distillation.target[0].unbind(1)):
             error, target, stored = (x.detach().float().transpose(0, 1).flatten(1) for x in (latent - target, target, stored)) # (C, positions of the batch)
-            moments = dict(error=error @ error.T, square=target @ target.T, total=target.sum(1), stored_square=stored.square().sum(1), stored_total=stored.sum(1))
+            second = (lambda x: x @ x.T) if self.teachers else lambda x: x.square().sum(1).diag()
+            moments = dict(error=second(error), square=second(target), total=target.sum(1), stored_square=stored.square().sum(1), stored_total=stored.sum(1))
             for what, value in moments.items(): self.sums[name, what] += value.cpu().double()
             self.sums[name, 'n'] += target.shape[1]
             self.sums[name, 'stored_n'] += stored.shape[1]
@@ -238,6 +239,12 @@ class ConsoleProgress(Callback):
     def after_fit(self): self.bar.close()
 
 # %% ../nbs/09_training.ipynb #a0ae3092
+def _differences(held, now, name=''):
+    "What differs between two nested dicts, leaf by leaf."
+    if isinstance(held, dict) and isinstance(now, dict):
+        for key in held | now: yield from _differences(held.get(key), now.get(key), f'{name} {key}'.strip())
+    elif held != now: yield f'{name} {held} then, {now} now'
+
 def _run_settings(settings:dict, out:Path, resume:bool):
     "Keep the settings of a run in `config.json`; refuse to overwrite a run, or to go on with other settings."
     config = out/'config.json'
@@ -247,7 +254,7 @@ def _run_settings(settings:dict, out:Path, resume:bool):
     elif not resume: raise InputError(f'{out}: holds a run already; go on with it (--resume) or choose another --out')
     else:
         held = json.loads(config.read_text())['settings']
-        different = [f'{k} {held.get(k)} then, {settings[k]} now' for k in settings if held.get(k) != settings[k]]
+        different = list(_differences(held, settings))
         if different: raise InputError(f'{out}: cannot be resumed with other settings: {"; ".join(different)}')
         return
     versions = dict(polyp_difom=__version__, torch=torch.__version__)
@@ -267,7 +274,7 @@ def make_learner(
     mutation:bool=False, # over all subsets of side outputs, see `output_loss`
     precision:str=None, # `bf16` or `fp32`; the faster on the device if None
     distillation:str='mse', # distance of latents to targets, see `latent_losses`
-    target_options=None # dict of options of `build_targets`, as `dict(kind='dct')`
+    target_options=None # dict of options of `build_targets`, as `dict(kind='dct', teachers=['dinov2'])`
 ) -> Learner:
     "A fastai learner with the three phases, or without them for the baseline."
     device = torch.device(device) if device else default_device()
@@ -320,7 +327,7 @@ def train(
     mutation:bool=False, # for students with side outputs: a loss for every subset of them
     precision:str=None, # bf16 or fp32; the faster on the device if None
     distillation:str='mse', # distance of latents to targets: mse, mse+kl, mse+mae, cosine, relational
-    target_options=None, # dict of options of `build_targets`, as `dict(kind='dct', standardise='phi-s')`
+    target_options=None, # dict of options of `build_targets`, as `dict(kind='dct', teachers=['dinov2'])`
     **student_options # as `width=16`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, config.json
     "Train a student, distilled or not. Raises `InputError` before the first epoch if anything given does not fit."
@@ -333,8 +340,9 @@ def train(
     learn = make_learner(model, train_pairs, valid_pairs, features, size, epochs, batch_size, seed, allow_empty, device, scales, cbs, loss, mutation,
                          precision, distillation, target_options)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
+    teachers = {made['teacher']: made for made in learn.dls.train_ds.targets.settings['provenance']} if features is not None else {}
     _run_settings(dict(student=name, options=options, loss=learn.loss_func.keywords, precision=model.precision, distilled=features is not None,
-                       distillation=distillation, target_options=target_options or {}, size=size, epochs=epochs, batch_size=batch_size, lr=lr,
+                       distillation=distillation, target_options=target_options or {}, teachers=teachers, size=size, epochs=epochs, batch_size=batch_size, lr=lr,
                        schedule=schedule, valid=valid, seed=seed, scales=list(scales), images=[len(train_pairs), len(valid_pairs)]), out, resume)
     rows = resume_learner(learn, out) if (out/'last.safetensors').exists() else []
     if len(rows) < sum(epochs): _fit(learn, rows, out, sum(epochs), lr, schedule)

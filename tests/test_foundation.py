@@ -405,7 +405,7 @@ def test_extraction(data, dinov2, tmp_path, monkeypatch):
 def test_out_of_memory(data, dinov2, tmp_path, monkeypatch):
     def full(*_): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr('polyp_difom.foundation.TokenTeacher.features', full)
-    with pytest.raises(InputError, match='out of memory on cpu with 8 images at once; give a smaller batch size'):
+    with pytest.raises(InputError, match='out of memory with 8 images at once; give a smaller batch size'):
         extract(data, [f'dinov2={dinov2}'], tmp_path/'store', batch_size=8, device='cpu')
 
 def test_unreachable_from_the_command_line(fails, data, tmp_path, no_hub):
