@@ -17,42 +17,12 @@ from common import RESULTS, processor, versions
 from fastai.learner import Learner
 from polyp_difom.data import PolypDataset, list_pairs, polyp_dataloaders, split_pairs, train_folder
 from polyp_difom.features import FeatureStore
-from polyp_difom.frequency import square_window_low
 from polyp_difom.losses import output_loss
 from polyp_difom.model import PolypDiFoM, create_student, fast_precision
-from polyp_difom.targets import build_targets, resize
-from polyp_difom.training import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score
-from torch import nn
+from polyp_difom.targets import RawMaps, TrainableFusion, build_targets
+from polyp_difom.training import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, PublishedDistillation, TargetWatch, adam, dice_score
 
 ARMS = {'trainable fusion (published)': 'tab:red', 'frozen targets': 'tab:blue'}
-
-
-class RawMaps:
-    "`raw[i]` -> (C, h, w): the maps of all teachers for image i, on the finest grid."
-    def __init__(self, store, images):
-        self.store, self.images = store, store.check_images(images)
-        self.grid = max(store.array(teacher).shape[-2:] for teacher in store.teachers)
-    def __getitem__(self, i):
-        return torch.cat([resize(torch.from_numpy(self.store.read(teacher, self.images[i])).float(), self.grid) for teacher in self.store.teachers])
-
-
-class TrainableFusion(nn.Module):
-    "(B, C, h, w) -> (B, 2, channels, 64, 64): LFC and HFC of the fused maps, as in the authors' notebook."
-    def __init__(self, n_in, channels):
-        super().__init__()
-        self.fuse = nn.Sequential(nn.Conv2d(n_in, channels, 1), nn.ReLU())
-    def forward(self, raw):
-        fused = self.fuse(resize(raw, (64, 64)))
-        low = square_window_low(fused).real
-        return torch.stack([low, fused - low], 1)
-
-
-class PublishedDistillation(Distillation):
-    "Targets come from the model's own fusion."
-    name = 'distillation'
-    def before_batch(self):
-        super().before_batch()
-        if self.training: self.target = [self.model.teacher_fusion(self.target[0].float())]
 
 
 def train(arm, train_pairs, valid_pairs, store, given):

@@ -147,7 +147,7 @@ def architecture(name, config, images, device):
         store = FeatureStore(f'{folder}/store', create=True)
         report = extract_teacher(store, teacher, images, batch_size=1)
         parameters = sum(p.numel() for p in teacher.parameters())/1e6
-        return report | sizes(store, name) | dict(size=teacher.size, Mparams=round(parameters, 1), GMACs=round(counter.get_total_flops()/2e9, 1))
+        return report | sizes(store, name) | dict(seconds_an_image=round(report['seconds']/len(images), 3), size=teacher.size, Mparams=round(parameters, 1), GMACs=round(counter.get_total_flops()/2e9, 1))
 
 
 def architectures(given, earlier):
@@ -156,8 +156,7 @@ def architectures(given, earlier):
         if given.teachers and name not in given.teachers: continue
         rows[name] = architecture(name, config, images, given.device)
         gc.collect()
-        print(rows[name])
-    return dict(weights='drawn, not trained; rates and raw sizes do not depend on them, bytes on disk may', batch=1, transformers=transformers.__version__,
+    return dict(weights='drawn, not trained; rates and raw sizes do not depend on them; bytes on disk do: drawn weights of SAM give almost constant maps', batch=1, transformers=transformers.__version__,
                 GMACs='of an image, by torch.utils.flop_counter: matrix products, convolutions and attention; deformable sampling is not counted',
                 teachers=earlier.get('teachers', {}) | rows)
 
@@ -255,19 +254,15 @@ class StepTimer(Callback):
         self.start = now
 
 
-def timed(function, into, when=lambda: True):
-    "The function, which adds its seconds to a list."
-    def call(*arguments):
+class Timed:
+    "Calls a function, or indexes with it, and keeps the seconds of each call."
+    def __init__(self, function, when=lambda: True): self.function, self.when, self.seconds = function, when, []
+    def __call__(self, *arguments):
         start = time.perf_counter()
-        result = function(*arguments)
-        if when(): into.append(time.perf_counter() - start)
+        result = self.function(*arguments)
+        if self.when(): self.seconds.append(time.perf_counter() - start)
         return result
-    return call
-
-
-class Reads:
-    def __init__(self, read): self.read = read
-    def __getitem__(self, i): return self.read(i)
+    __getitem__ = __call__
 
 
 def learner(student, distilled, given):
@@ -282,32 +277,35 @@ def learner(student, distilled, given):
 def step_of(student, steps, given):
     "Both arms in turn, two batches at a time; the first turn warms up."
     learners = {name: learner(student, name == 'distilled', given) for name in ('undistilled', 'distilled')}
-    timers, parts = {name: StepTimer() for name in learners}, dict(reading=[], latent_losses=[], target_watch=[])
-    learn = learners['distilled']
-    dataset, callbacks = learn.dls.train.dataset, dict(latent_losses=learn.distillation, target_watch=learn.target_watch)
-    dataset.targets = Reads(timed(dataset.targets.__getitem__, parts['reading']))
-    for name, callback in callbacks.items(): callback.after_loss = timed(callback.after_loss, parts[name], lambda: learn.training)
-    others, start = cpu_seconds_of_others(), time.perf_counter()
+    timers, learn = {name: StepTimer() for name in learners}, learners['distilled']
+    dataset = learn.dls.train.dataset
+    dataset.targets = reading = Timed(dataset.targets.__getitem__)
+    callbacks = dict(latent_losses=learn.distillation, target_watch=learn.target_watch)
+    for callback in callbacks.values(): callback.after_loss = Timed(callback.after_loss, lambda: learn.training)
     for turn in range(1 + -(-steps//2)):
         for name, one in learners.items():
             with one.no_bar(), one.no_logging(): one.fit(1, 1e-4, reset_opt=turn == 0, cbs=[EpochLog(), timers[name]])
-    others = (cpu_seconds_of_others() - others)/(time.perf_counter() - start)
     seconds = {name: timer.seconds[2:] for name, timer in timers.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    per_batch = dict(latent_losses=1, target_watch=1, reading=given.batch)
+    ms = dict(reading=given.batch*statistics.median(reading.seconds)) | {name: statistics.median(c.after_loss.seconds) for name, c in callbacks.items()}
     return dict(precision=learn.model.precision, seconds={name: round(value, 4) for name, value in medians.items()},
                 percent_more=round(100*(medians['distilled']/medians['undistilled'] - 1), 2), goal=5,
-                ms_a_batch={name: round(1000*per_batch[name]*statistics.median(parts[name]), 2) for name in parts},
-                all_seconds={name: [round(value, 4) for value in values] for name, values in seconds.items()}, cores_of_others=round(max(others, 0), 2))
+                ms_a_batch={name: round(1000*value, 2) for name, value in ms.items()},
+                all_seconds={name: [round(value, 4) for value in values] for name, values in seconds.items()})
 
 
 def step(given, earlier):
     rows = {student: step_of(student, steps, given) for student, steps in (('unet', given.steps), ('emcadnet,backbone=pvt_v2_b0,pretrained=False', 4*given.steps))}
     return dict(what='median seconds of a training step: data loading, forward, losses, backward, Adam, and all callbacks of `train`', size=given.size,
-                batch=given.batch, threads=torch.get_num_threads(), students=rows)
+                batch=given.batch, students=rows)
 
 
 PARTS = dict(real=real, memory=memory, architectures=architectures, targets=targets, authors=authors, step=step)
+
+
+def cpu_seconds_of_strangers():
+    "Of all programs but this one and those that it started."
+    return cpu_seconds_of_others() - sum(os.times()[2:4])
 
 
 def main(given):
@@ -317,11 +315,13 @@ def main(given):
     parts = json.loads(given.results.read_text())['parts'] if given.results.exists() else {}
     command = ' '.join(['python', 'benchmarks/features.py', *sys.argv[1:]])
     for name in given.only or PARTS:
-        start = time.perf_counter()
+        start, others = time.perf_counter(), cpu_seconds_of_strangers()
         found = PARTS[name](given, parts.get(name, {}))
-        parts[name] = dict(command=command, part_seconds=round(time.perf_counter() - start, 1), **found)
+        seconds = time.perf_counter() - start
+        others = round(max((cpu_seconds_of_strangers() - others)/seconds, 0), 2)
+        parts[name] = dict(command=command, part_seconds=round(seconds, 1), cores_of_others=others, **found)
         result = dict(what='extraction of features, targets read from disk, and what they cost in training',
-                      machine=dict(processor=processor(), cores=os.cpu_count(), device=given.device), versions=versions(),
+                      machine=dict(processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=given.device), versions=versions(),
                       parts={name: parts[name] for name in PARTS if name in parts})
         with atomic_path(given.results) as path: path.write_text(json.dumps(result, indent=1) + '\n')
         print(json.dumps({name: found}, indent=1))

@@ -285,11 +285,13 @@ def write_maps(
     batch_size:int=16
 ) -> Iterator: # per batch: pictures seen, seconds inside the teacher, errors
     "Make maps and write them to their rows."
+    device = teacher.mean.device
+    at_once = 1 if device.type == 'cpu' else batch_size
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         writing = []
         for batch, images, errors in read_ahead(pool, work, teacher.size, batch_size):
             start = time.perf_counter()
-            maps = teacher(images.to(teacher.mean.device).float()/255).half().cpu().numpy() if batch else ()
+            maps = torch.cat([teacher(part.to(device).float()/255).half().cpu() for part in images.split(at_once)]).numpy() if batch else ()
             inside = time.perf_counter() - start
             if not all(np.isfinite(one).all() for one in maps):
                 raise InputError(f'teacher {teacher.name}: values beyond half precision for {batch[0].image} or its neighbours')

@@ -26,12 +26,11 @@ import polyp_difom.students.pranet
 import polyp_difom.students.emcad
 from .data import InputError, atomic_path, name_some
 from .decoder import FoundationalFusion
-from .frequency import square_window_low
 from .latents import LatentHeads
 from .students.blocks import Student, crop, measure_maps, pad_to_multiple, student_registry
 from .students.external import smp_student
 from .students.unetpp import UNetPlusPlus
-from .targets import resize
+from .targets import TrainableFusion, resize
 from .teachers import nearest, parse_spec, read_weights
 
 # %% ../nbs/07_model.ipynb #dc95c60e
@@ -189,18 +188,16 @@ class PublishedUNetPlusPlus(UNetPlusPlus):
         deepest = self.channels[-1]
         self.teacher_channels = teacher_channels
         self.low, self.high = nn.Conv2d(deepest, 256, 1), nn.Conv2d(256, 256, 1)
-        self.teachers = nn.Conv2d(sum(teacher_channels), 256, 1)
+        self.teachers = TrainableFusion(sum(teacher_channels), 256)
 
     def distillation_losses(self,
         deepest, # (B, 512, h, w), the last map of `encode`
         teacher_maps # list of (B, C_k, 64, 64)
     ) -> list: # two scalars, of L1 to LFC and of L2 to HFC
         "Mean squared errors to a target that the trainable fusion makes."
-        fused = F.relu(self.teachers(torch.cat(list(teacher_maps), 1)))
-        lfc = square_window_low(fused).real
+        targets = self.teachers(torch.cat(list(teacher_maps), 1)).unbind(1)
         l1 = F.relu(self.low(deepest))
-        latents, targets = (l1, self.high(l1)), (lfc, fused - lfc)
-        return [F.mse_loss(latent, resize(target, latent.shape[-2:])) for latent, target in zip(latents, targets)]
+        return [F.mse_loss(latent, resize(target, latent.shape[-2:])) for latent, target in zip((l1, self.high(l1)), targets)]
 
     def published_outputs(self,
         x, # (B, 3, H, W) normalised

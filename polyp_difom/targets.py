@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['standardisations', 'projections', 'resize', 'per_channel', 'equalising_rotation', 'phi_s', 'principal_basis',
            'random_basis', 'variance_shares', 'fit_projection', 'TargetBuilder', 'fit_targets', 'TargetStore',
-           'build_targets']
+           'build_targets', 'RawMaps', 'TrainableFusion']
 
 # %% ../nbs/04_targets.ipynb #c2348268
 import hashlib, json, math, os, shutil
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import zarr
 from scipy.fft import dct
 from scipy.linalg import hadamard
+from torch import nn
 from tqdm import tqdm
 from .data import InputError
 from .features import FeatureStore, _new_array, file_hash, told_when_full
@@ -266,3 +267,34 @@ def build_targets(
                 if not path.exists(): raise # another process was faster otherwise
         finally: shutil.rmtree(draft, ignore_errors=True)
     return TargetStore(path, images, grid)
+
+# %% ../nbs/04_targets.ipynb #07961332
+class RawMaps:
+    "The teachers' maps of a list of images, where `TrainableFusion` makes the targets; `raw[i]` belongs to the i-th."
+    def __init__(self,
+        store:FeatureStore,
+        images:list # paths, in the order of the training set; `InputError` if the store lacks one
+    ):
+        self.store, self.images = store, store.check_images(images)
+        shapes = [store.array(teacher).shape[-2:] for teacher in store.teachers]
+        self.grid = tuple(map(max, zip(*shapes))) # the finest
+
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, i): # (sum of C_k, *grid) float32
+        maps = [torch.from_numpy(self.store.read(teacher, self.images[i])).float() for teacher in self.store.teachers]
+        return torch.cat([resize(m, self.grid) for m in maps])
+
+# %% ../nbs/04_targets.ipynb #91a0d4c5
+class TrainableFusion(nn.Conv2d):
+    "The fusion of the Polyp-DiFoM authors' notebook: 1x1 convolution, ReLU, 64x64, square window. Its weights are free to make the target zero."
+    def __init__(self,
+        n_in:int, # channels of all teachers
+        channels:int=256 # of the target, and of each latent
+    ): super().__init__(n_in, channels, 1)
+
+    def forward(self,
+        raw # (B, n_in, h, w) float32
+    ): # (B, 2, channels, 64, 64): LFC and HFC
+        fused = F.relu(resize(super().forward(raw), (64, 64)))
+        return torch.stack(split_frequency(fused, kind='square'), 1)

@@ -236,7 +236,7 @@ class TimmTeacher(Teacher):
         self.settings = dict(layers=layers, **settings)
         self.layers = model.prune_intermediate_layers(layers, prune_norm=True, prune_head=True)
         if is_file: _fit_weights(model, read_weights(checkpoint), known, checkpoint)
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last)
 
     def features(self, x): # (B, 3, S, S) normalised -> (B, sum of channels, h, w)
         maps = self.model.forward_intermediates(x, indices=self.layers, intermediates_only=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['adam', 'dice_score', 'PhaseSchedule', 'EpochSeed', 'Distillation', 'EncoderFreeze', 'EpochLog', 'TargetCollapse',
-           'warn_of_collapse', 'TargetWatch', 'Checkpoint', 'resume_learner', 'ConsoleProgress', 'make_learner',
-           'train']
+           'warn_of_collapse', 'TargetWatch', 'PublishedDistillation', 'Checkpoint', 'resume_learner',
+           'ConsoleProgress', 'make_learner', 'train']
 
 # %% ../nbs/09_training.ipynb #83eec35d
 import csv, io, json, random, time, warnings
@@ -172,6 +172,14 @@ class TargetWatch(Callback):
             spread[f'spread_{name}'] = (square - mean**2).mean().clamp(min=0).sqrt().item()
         rows[-1].update(r2 | spread | by_teacher)
         warn_of_collapse(rows)
+
+# %% ../nbs/09_training.ipynb #cfcdd14e
+class PublishedDistillation(Distillation):
+    "Distillation as in the authors' notebook: `model.teacher_fusion`, a `TrainableFusion`, makes the targets of a batch from `RawMaps`, and learns."
+    name = 'distillation' # where `TargetWatch` looks
+    def before_batch(self):
+        super().before_batch()
+        if self.training: self.target = [self.model.teacher_fusion(self.target[0].float())]
 
 # %% ../nbs/09_training.ipynb #9d6e1236
 def _optimizer_tensors(opt) -> dict:

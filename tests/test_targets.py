@@ -3,18 +3,23 @@ import csv
 import json
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from polyp_difom.data import InputError, list_pairs, split_pairs, train_folder
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from polyp_difom.data import InputError, PolypDataset, list_pairs, polyp_dataloaders, split_pairs, train_folder
 from polyp_difom.features import FeatureStore, extract
-from polyp_difom.frequency import split_kinds
-from polyp_difom.losses import latent_losses
-from polyp_difom.model import PolypDiFoM, create_student
-from polyp_difom.targets import TargetBuilder, TargetStore, build_targets, fit_targets, phi_s, projections, standardisations
-from polyp_difom.training import EpochLog, TargetCollapse, TargetWatch, make_learner, train
+from polyp_difom.frequency import split_kinds, square_window_low
+from polyp_difom.losses import latent_losses, output_loss
+from polyp_difom.model import PolypDiFoM, PublishedUNetPlusPlus, create_student
+from polyp_difom.targets import (RawMaps, TargetBuilder, TargetStore, TrainableFusion, build_targets, fit_targets, phi_s, projections, resize,
+                                 standardisations)
+from polyp_difom.training import Distillation, EpochLog, PhaseSchedule, PublishedDistillation, TargetCollapse, TargetWatch, adam, dice_score, make_learner, train
 from safetensors.torch import save_file
 
 GRID = dict(grid=(4, 4), channels=16)
@@ -177,3 +182,55 @@ def test_a_collapsing_target_is_told_once(shrink, data, features):
         learn.fit(4)
     told = [str(w.message).split(' is ')[0] for w in caught if w.category is TargetCollapse]
     assert told == (['epoch 3: spread_l1', 'epoch 3: spread_l2'] if shrink else [])
+
+
+@torch.no_grad()
+def test_the_trainable_fusion_makes_the_published_targets():
+    torch.manual_seed(0)
+    fusion, raw = TrainableFusion(6, 4), torch.randn(2, 6, 18, 18)
+    fused = F.relu(F.conv2d(resize(raw, (64, 64)), fusion.weight, fusion.bias)) # the authors' order
+    low = square_window_low(fused).real
+    torch.testing.assert_close(fusion(raw), torch.stack([low, fused - low], 1))
+
+    net, maps, deepest = PublishedUNetPlusPlus((4, 2)).eval(), torch.randn(2, 6, 64, 64), torch.randn(2, 512, 8, 8)
+    fusion = TrainableFusion(6)
+    fusion.load_state_dict(net.teachers.state_dict())
+    l1 = F.relu(net.low(deepest))
+    expected = [F.mse_loss(latent, resize(target, (8, 8))) for latent, target in zip((l1, net.high(l1)), fusion(maps).unbind(1))]
+    torch.testing.assert_close(net.distillation_losses(deepest, maps.split((4, 2), 1)), expected)
+
+
+def test_raw_maps_are_all_teachers_on_the_finest_grid(data, two_teachers):
+    images = images_of(data)
+    raw, maps = RawMaps(two_teachers, images), [torch.from_numpy(two_teachers.read(teacher, images[3])).float() for teacher in two_teachers.teachers]
+    assert len(raw) == len(images) and raw.grid == max(tuple(m.shape[-2:]) for m in maps)
+    torch.testing.assert_close(raw[3], torch.cat([resize(m, raw.grid) for m in maps]))
+    with pytest.raises(InputError): RawMaps(two_teachers, [Path(__file__)])
+
+
+class Seen(Callback):
+    "Keeps, for each phase, the weights of the fusion after the epoch and the target of its last batch."
+    order = 90
+    def before_fit(self): self.weights, self.target = {}, {}
+    def after_train(self):
+        self.weights[self.phase] = [p.detach().clone() for p in self.model.teacher_fusion.parameters()]
+        self.target[self.phase] = self.learn.distillation.target[0]
+
+
+@pytest.mark.parametrize('published', [True, False])
+def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_two(published, data, features):
+    train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), 0.25)
+    images = [pair.image for pair in train_pairs]
+    torch.manual_seed(0)
+    store, model = FeatureStore(features), PolypDiFoM(create_student('unet', width=4))
+    raw = RawMaps(store, images)
+    model.teacher_fusion = TrainableFusion(len(raw[0]), model.latents.channels)
+    before = [p.detach().clone() for p in model.teacher_fusion.parameters()]
+    targets = raw if published else build_targets(store, images, model.latent_grid(64), model.latents.channels)
+    dls = polyp_dataloaders(PolypDataset(train_pairs, 64, targets), PolypDataset(valid_pairs, 64), 4, (1.,), torch.device('cpu'))
+    distillation = PublishedDistillation() if published else Distillation()
+    learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score, cbs=[PhaseSchedule((1, 1, 0)), distillation, Seen()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    moved = {phase: [not torch.equal(a, b) for a, b in zip(before, now)] for phase, now in learn.seen.weights.items()}
+    assert moved == {1: [False, False], 2: [published, published]}
+    assert learn.seen.target[2].requires_grad == published
