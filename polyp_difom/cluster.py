@@ -6,7 +6,7 @@
 __all__ = ['ExtractionWorker', 'connect', 'make_shares', 'extract_on_cluster']
 
 # %% ../nbs/02a_cluster.ipynb #995671ee
-import time
+import logging, os, time
 
 import torch
 from tqdm import tqdm
@@ -45,10 +45,12 @@ class ExtractionWorker:
 # %% ../nbs/02a_cluster.ipynb #b211719b
 def connect():
     "Ray, connected to the cluster of RAY_ADDRESS or to a new one on this machine. Raises `InputError` where it is not installed."
+    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal') # what matters arrives as an exception
     try: import ray.data
     except ImportError: raise InputError("engine ray: Ray is not installed; pip install 'polyp_difom[ray]'") from None
     if not ray.is_initialized(): ray.init(log_to_driver=False, logging_level='error')
     ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ('ray', 'ray.data'): logging.getLogger(name).setLevel(logging.ERROR)
     return ray
 
 def _hash(row): return dict(image=row['item'], digest=file_hash(row['item']))
@@ -95,7 +97,7 @@ def _run(ray, spec, name, out, work, batch_size, workers, place) -> dict:
     with tqdm(total=len(work), desc=name, unit='image') as bar:
         if shares:
             job = ray.data.from_items(shares, override_num_blocks=len(shares)).map(
-                ExtractionWorker, fn_constructor_args=(spec, out, batch_size), concurrency=min(workers, len(shares)), **place)
+                ExtractionWorker, fn_constructor_args=(spec, out, batch_size), compute=ray.data.ActorPoolStrategy(size=min(workers, len(shares))), **place)
             for done in job.iter_rows():
                 if done['failure']: raise InputError(done['failure'])
                 inside, errors = inside + done['inside'], [*errors, *done['errors']]
