@@ -117,16 +117,6 @@ class FeatureStore:
 
     def __len__(self): return len(self.rows)
 
-    @property
-    def teachers(self) -> list:
-        "Names of the teachers whose maps are here."
-        return sorted(self.group['features'].attrs.get('teachers', [])) if 'features' in self.group else []
-
-    def array(self, teacher:str): # (rows, C, h, w) float16
-        "The array of one teacher. Raises `InputError` if it is not here."
-        if teacher not in self.teachers: raise InputError(f'{self.path}: no features of {teacher}; it holds {name_some(self.teachers) or "none"}')
-        return self.group[f'features/{_key(teacher)}']
-
     @contextmanager
     def lock(self):
         "One at a time. Raises `InputError` where another holds the lock of a store at an address."
@@ -138,9 +128,21 @@ class FeatureStore:
         try: yield
         finally: self.files.rm_file(f'{self.root}/.lock')
 
+# %% ../nbs/02_features.ipynb #6dc6be0c
 def _key(teacher:str) -> str:
     "A teacher's name as the name of an array."
     return teacher.replace('/', '--')
+
+@patch(as_prop=True)
+def teachers(self:FeatureStore) -> list:
+    "Names of the teachers whose maps are here."
+    return sorted(self.group['features'].attrs.get('teachers', [])) if 'features' in self.group else []
+
+@patch
+def array(self:FeatureStore, teacher:str): # (rows, C, h, w) float16
+    "The array of one teacher. Raises `InputError` if it is not here."
+    if teacher not in self.teachers: raise InputError(f'{self.path}: no features of {teacher}; it holds {name_some(self.teachers) or "none"}')
+    return self.group[f'features/{_key(teacher)}']
 
 # %% ../nbs/02_features.ipynb #5acf4fcc
 @patch
