@@ -15,12 +15,16 @@ import matplotlib.pyplot as plt
 import torch
 from common import RESULTS, processor, versions
 from fastai.learner import Learner
-from polyp_difom.data import PolypDataset, list_pairs, polyp_dataloaders, split_pairs, train_folder
-from polyp_difom.features import FeatureStore
-from polyp_difom.losses import output_loss
-from polyp_difom.model import PolypDiFoM, create_student, fast_precision
-from polyp_difom.targets import RawMaps, TrainableFusion, build_targets
-from polyp_difom.training import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, PublishedDistillation, TargetWatch, adam, dice_score
+from polyp_difom.data.images import list_pairs, train_folder
+from polyp_difom.data.loaders import PolypDataset, polyp_dataloaders, split_pairs
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.training.losses import output_loss
+from polyp_difom.model.model import PolypDiFoM, amp_dtype
+from polyp_difom.students.registry import create_student
+from polyp_difom.published import RawMaps, TrainableFusion
+from polyp_difom.targets.latent import build_targets
+from polyp_difom.published import PublishedDistillation
+from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score
 
 ARMS = {'trainable fusion (published)': 'tab:red', 'frozen targets': 'tab:blue'}
 
@@ -36,7 +40,7 @@ def train(arm, train_pairs, valid_pairs, store, given):
         targets, distillation = RawMaps(store, images), PublishedDistillation()
         model.teacher_fusion = TrainableFusion(len(targets[0]), model.latents.channels)
     dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets), PolypDataset(valid_pairs, size), 16, (1.,), torch.device('cpu'))
-    model.precision = fast_precision(torch.device('cpu'))
+    model.precision = amp_dtype(torch.device('cpu'))
     learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score,
                     cbs=[EpochSeed(0), PhaseSchedule(given.epochs), distillation, EncoderFreeze(size), EpochLog(), TargetWatch()])
     with learn.no_bar(), learn.no_logging(): learn.fit(sum(given.epochs), 1e-3)

@@ -32,12 +32,18 @@ import torch
 import transformers
 from common import RESULTS, processor, versions
 from fastai.callback.core import Callback
-from polyp_difom.data import atomic_path, list_images, list_pairs, train_folder
-from polyp_difom.features import FeatureStore, extract_teacher
-from polyp_difom.model import PolypDiFoM, PublishedUNetPlusPlus, create_student
-from polyp_difom.targets import build_targets, resize
-from polyp_difom.teachers import create_teacher
-from polyp_difom.training import EpochLog, make_learner
+from polyp_difom.core import atomic_path
+from polyp_difom.data.images import list_images, list_pairs, train_folder
+from polyp_difom.features.extract import extract_teacher
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.model.model import PolypDiFoM
+from polyp_difom.published import PublishedUNetPlusPlus
+from polyp_difom.students.registry import create_student
+from polyp_difom.targets.latent import build_targets
+from polyp_difom.targets.projection import resize
+from polyp_difom.teachers.registry import create_teacher
+from polyp_difom.training.callbacks import EpochLog
+from polyp_difom.training.learner import make_learner
 from students import cpu_seconds_of_others
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode

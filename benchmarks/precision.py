@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, processor, versions
-from polyp_difom.benchmark import read_run, score_set
-from polyp_difom.data import test_folders
+from polyp_difom.deploy.predictor import read_run
+from polyp_difom.evaluation.benchmark import score_set
+from polyp_difom.data.images import test_folders
 
 WAYS = {'fp32, contiguous': ('fp32', torch.contiguous_format), 'fp32, channels_last': ('fp32', torch.channels_last),
         'bf16, channels_last': ('bf16', torch.channels_last)}

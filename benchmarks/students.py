@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from common import RESULTS, processor
 from polyp_difom import __version__
-from polyp_difom.data import InputError, atomic_path
-from polyp_difom.losses import latent_loss, segmentation_loss
-from polyp_difom.model import PolypDiFoM, create_student, fast_precision
-from polyp_difom.synthetic import synthetic_frame
+from polyp_difom.core import InputError, atomic_path
+from polyp_difom.training.losses import latent_loss, segmentation_loss
+from polyp_difom.model.model import PolypDiFoM, amp_dtype
+from polyp_difom.students.registry import create_student
+from polyp_difom.data.synthetic import synthetic_frame
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +42,7 @@ KEYS = ('student', 'variant', 'batch', 'mode', 'what')
 def machine(device):
     "What the times depend on."
     return dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu', processor=processor(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), bf16_units=fast_precision(device) == 'bf16', torch=torch.__version__)
+                threads=torch.get_num_threads(), bf16_units=amp_dtype(device) == 'bf16', torch=torch.__version__)
 
 
 def cpu_seconds_of_others():

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from polyp_difom.cli import main
-from polyp_difom.features import extract
-from polyp_difom.synthetic import make_synthetic
+from polyp_difom.features.extract import extract
+from polyp_difom.data.synthetic import make_synthetic
 
 
 @pytest.fixture(scope='session')

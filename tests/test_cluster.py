@@ -3,10 +3,12 @@ import os
 
 import numpy as np
 import pytest
-from polyp_difom.cluster import extract_on_cluster
-from polyp_difom.data import InputError, list_images
-from polyp_difom.features import FeatureStore, extract
-from polyp_difom.synthetic import make_synthetic
+from polyp_difom.features.cluster import extract_on_cluster
+from polyp_difom.core import InputError
+from polyp_difom.data.images import list_images
+from polyp_difom.features.extract import extract
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.data.synthetic import make_synthetic
 
 TEACHER = 'filterbank,size=64,levels=2'
 
@@ -73,7 +75,7 @@ def test_local_engine_goes_on_in_the_object_store(s3, frames, alone):
 
 
 def test_targets_of_a_store_at_an_address(s3, frames, alone, tmp_path, monkeypatch):
-    from polyp_difom.targets import build_targets
+    from polyp_difom.targets.latent import build_targets
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     for image in frames: s3.pipe_file(f'frames/targets/{image.name}', image.read_bytes())
     extract('s3://frames/targets', [TEACHER], 's3://features/targets', batch_size=2, device='cpu')

@@ -3,7 +3,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from polyp_difom.data import InputError
+from polyp_difom.core import InputError
 from polyp_difom.students.blocks import crop, encoder_modules, pad_to_multiple
 from polyp_difom.students.external import smp_student
 

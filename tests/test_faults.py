@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
-from polyp_difom.data import list_pairs, train_folder
-from polyp_difom.features import FeatureStore, extract
-from polyp_difom.synthetic import make_synthetic
+from polyp_difom.data.images import list_pairs, train_folder
+from polyp_difom.features.extract import extract
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.data.synthetic import make_synthetic
 
 SHORT = ['--size', '64', '--width', '4', '--epochs', '1', '1', '1', '--device', 'cpu']
 

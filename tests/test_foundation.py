@@ -14,10 +14,14 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from polyp_difom.data import InputError
-from polyp_difom.features import FeatureStore, extract
-from polyp_difom.foundation import IMAGENET, OPENAI, sam_encoder, teacher_table, to_patches, tokens_to_map
-from polyp_difom.teachers import create_teacher, list_teachers, weights_hash
+from polyp_difom.core import InputError
+from polyp_difom.features.extract import extract
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.teachers.pretrained import IMAGENET, OPENAI, teacher_table
+from polyp_difom.teachers.sam import sam_encoder
+from polyp_difom.teachers.tokens import to_patches, tokens_to_map
+from polyp_difom.teachers.registry import create_teacher, list_teachers
+from polyp_difom.weights import weights_hash
 
 VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 TEXT = dict(**VIT, vocab_size=50, max_position_embeddings=8)
@@ -370,7 +374,7 @@ def test_a_loader_of_its_own(frames, tmp_path, monkeypatch):
 
 
 def test_nothing_is_imported_before_it_is_needed():
-    code = 'import sys, polyp_difom.foundation as f; f.teacher_table(); print([m for m in ("transformers", "segment_anything") if m in sys.modules])'
+    code = 'import sys, polyp_difom.teachers.registry, polyp_difom.teachers.pretrained as f; f.teacher_table(); print([m for m in ("transformers", "segment_anything") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 def test_the_table_lists_what_there_is(polyp_difom):
@@ -389,7 +393,7 @@ def test_extraction(data, dinov2, tmp_path, monkeypatch):
         teacher = create_teacher(spec)
         alive.add(teacher)
         return teacher
-    monkeypatch.setattr('polyp_difom.features.create_teacher', watched)
+    monkeypatch.setattr('polyp_difom.features.extract.create_teacher', watched)
     torch.save(tiny_sam().state_dict(), tmp_path/'sam.pth')
     specs = [f'dinov2={dinov2}', f'sam={tmp_path}/sam.pth']
     reports = extract(data, specs, tmp_path/'store', device='cpu')
@@ -404,7 +408,7 @@ def test_extraction(data, dinov2, tmp_path, monkeypatch):
 
 def test_out_of_memory(data, dinov2, tmp_path, monkeypatch):
     def full(*_): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr('polyp_difom.foundation.TokenTeacher.features', full)
+    monkeypatch.setattr('polyp_difom.teachers.tokens.TokenTeacher.features', full)
     with pytest.raises(InputError, match='out of memory with 8 images at once; give a smaller batch size'):
         extract(data, [f'dinov2={dinov2}'], tmp_path/'store', batch_size=8, device='cpu')
 
@@ -433,9 +437,9 @@ def test_the_table_is_true(row, monkeypatch):
         megabytes.append(sum(p.numel() for p in model.parameters())*4/1e6)
         return getattr(model, part, model) if part else model, config
     megabytes = []
-    monkeypatch.setattr('polyp_difom.foundation.load_pretrained', load)
-    monkeypatch.setattr('polyp_difom.foundation.normalisation', lambda name, checkpoint, standard: standard)
-    monkeypatch.setattr('polyp_difom.foundation._origin', str)
+    for module in ('tokens', 'pixel_decoders', 'sam'): monkeypatch.setattr(f'polyp_difom.teachers.{module}.load_pretrained', load)
+    monkeypatch.setattr('polyp_difom.teachers.pretrained.normalisation', lambda name, checkpoint, standard: standard)
+    monkeypatch.setattr('polyp_difom.teachers.pretrained._origin', str)
     with torch.device('meta'):
         teacher = create_teacher(row['name'])
         if row['name'].endswith('former'): shape = 1, teacher.model.decoder.mask_projection.in_channels, *[row['size']//8]*2 # deformable attention does not run on this device

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from polyp_difom.data import InputError, read_mask
-from polyp_difom.metrics import METRICS, SegmentationMetrics, protocol_map, read_map, score_folder, score_map
+from polyp_difom.core import InputError
+from polyp_difom.data.images import read_mask
+from polyp_difom.evaluation.metrics import METRICS, SegmentationMetrics, protocol_map, read_map, score_folder, score_map
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')
 EXACT = {'Sm': 'Sm', 'wFm': 'wFm', 'MAE': 'MAE', 'maxDic': 'max_Dice', 'maxIoU': 'max_IoU', 'maxEm': 'Em_max'}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from polyp_difom.data import InputError
-from polyp_difom.model import PolypDiFoM, PublishedUNetPlusPlus, load_model, load_published, predict, published_key, published_networks
+from polyp_difom.core import InputError
+from polyp_difom.model.model import PolypDiFoM, load_model, predict
+from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load_published, published_key, published_networks
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')/'parity'
 NETWORKS = ['pranet', 'emcadnet_pvt_v2_b2', 'polypdifom_unetpp']
@@ -46,7 +47,7 @@ def test_outputs_are_those_of_the_published_network(published, tmp_path):
     name, weights, reference = published
     torch.save(weights, tmp_path/'weights.pth')
     x = torch.from_numpy(np.random.default_rng(100).standard_normal((1, 3, 352, 352)).astype(np.float32))
-    outputs = load_published(name, tmp_path/'weights.pth').published_outputs(x)
+    outputs = published_outputs(load_published(name, tmp_path/'weights.pth'), x)
     assert len(outputs) == len(reference)
     for ours, theirs in zip(outputs, reference):
         ours = (ours[..., ::4, ::4] if ours.ndim == 4 else ours).reshape(theirs.shape)

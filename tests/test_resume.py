@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from polyp_difom.model import read_tensors
+from polyp_difom.weights import read_tensors
 
 SETTINGS = ['--size', '64', '--width', '4', '--batch-size', '4', '--epochs', '2', '2', '2', '--lr', '2e-3', '--schedule', 'one-cycle', '--device', 'cpu']
 

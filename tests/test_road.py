@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from polyp_difom.data import check, list_pairs, read_image, test_folders, train_folder
-from polyp_difom.features import FeatureStore
-from polyp_difom.metrics import METRICS
-from polyp_difom.teachers import create_teacher
+from polyp_difom.data.check import check
+from polyp_difom.data.images import list_pairs, read_image, test_folders, train_folder
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.evaluation.metrics import METRICS
+from polyp_difom.teachers.registry import create_teacher
 
 SHORT = ['--size', '64', '--width', '4', '--epochs', '1', '1', '1', '--device', 'cpu']
 

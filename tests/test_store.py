@@ -9,10 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from polyp_difom.data import InputError, list_images
-from polyp_difom.features import FeatureStore, extract, file_hash, view_key
-from polyp_difom.synthetic import make_synthetic
-from polyp_difom.training import train
+from polyp_difom.core import InputError
+from polyp_difom.data.images import list_images
+from polyp_difom.core import file_hash
+from polyp_difom.features.extract import extract
+from polyp_difom.features.store import FeatureStore, view_key
+from polyp_difom.data.synthetic import make_synthetic
+from polyp_difom.training.runs import train
 
 COARSE, FINE = 'filterbank,size=32,levels=1,name=coarse', 'filterbank,size=64,levels=1,name=fine'
 TOUCHES = ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'os.truncate')
@@ -22,7 +25,7 @@ TOUCHES = ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'os.truncat
 def servers():
     "Processes that have imported the library and done nothing else yet."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['polyp_difom.features'])
+    context.set_forkserver_preload(['polyp_difom.features.extract'])
     return context
 
 

@@ -4,13 +4,15 @@ import copy
 import pytest
 import torch
 from fastai.callback.core import Callback
-from polyp_difom import teachers
-from polyp_difom.data import InputError, list_pairs, train_folder
-from polyp_difom.losses import latent_loss, output_loss
-from polyp_difom.model import PolypDiFoM, create_student, load_model, save_model
+from polyp_difom.features.store import teachers
+from polyp_difom.core import InputError
+from polyp_difom.data.images import list_pairs, train_folder
+from polyp_difom.training.losses import latent_loss, output_loss
+from polyp_difom.model.model import PolypDiFoM, load_model, save_model
+from polyp_difom.students.registry import create_student
 from polyp_difom.students import blocks
 from polyp_difom.students.blocks import encoder_modules, student_registry, timm_encoder
-from polyp_difom.training import make_learner
+from polyp_difom.training.learner import make_learner
 
 SMALL = {'unet': dict(width=4), 'unetpp': dict(width=4), 'pranet': dict(width=8), 'emcadnet': dict(backbone='pvt_v2_b0'),
          'smp/DPT-tu-vit_tiny_patch16_224': dict(decoder_intermediate_channels=(16, 32, 64, 64), decoder_fusion_channels=16)}

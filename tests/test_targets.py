@@ -12,14 +12,24 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from polyp_difom.data import InputError, PolypDataset, list_pairs, polyp_dataloaders, split_pairs, train_folder
-from polyp_difom.features import FeatureStore, extract
-from polyp_difom.frequency import split_kinds, square_window_low
-from polyp_difom.losses import latent_losses, output_loss
-from polyp_difom.model import PolypDiFoM, PublishedUNetPlusPlus, create_student
-from polyp_difom.targets import (RawMaps, TargetBuilder, TargetStore, TrainableFusion, build_targets, fit_targets, phi_s, projections, resize,
-                                 standardisations)
-from polyp_difom.training import Distillation, EpochLog, PhaseSchedule, PublishedDistillation, TargetCollapse, TargetWatch, adam, dice_score, make_learner, train
+from polyp_difom.core import InputError
+from polyp_difom.data.images import list_pairs, train_folder
+from polyp_difom.data.loaders import PolypDataset, polyp_dataloaders, split_pairs
+from polyp_difom.features.extract import extract
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.published import square_window_low
+from polyp_difom.targets.frequency import split_kinds
+from polyp_difom.training.losses import latent_losses, output_loss
+from polyp_difom.model.model import PolypDiFoM
+from polyp_difom.published import PublishedUNetPlusPlus
+from polyp_difom.students.registry import create_student
+from polyp_difom.published import RawMaps, TrainableFusion
+from polyp_difom.targets.latent import TargetBuilder, TargetStore, build_targets, fit_targets
+from polyp_difom.targets.projection import phi_s, projections, resize, standardisations
+from polyp_difom.published import PublishedDistillation
+from polyp_difom.training.callbacks import Distillation, EpochLog, PhaseSchedule, TargetCollapse, TargetWatch, adam, dice_score
+from polyp_difom.training.learner import make_learner
+from polyp_difom.training.runs import train
 from safetensors.torch import save_file
 
 GRID = dict(grid=(4, 4), channels=16)
