@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, disk_full_error, name_some, parallel_map, printable
+from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
 from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
 from ..model.model import PolypDiFoM, predict
 from ..deploy.predictor import read_run
@@ -70,7 +70,8 @@ def _check_sets(sets:dict, above):
     "Raise `InputError` for pairs that cannot be scored."
     pairs = [pair for pairs in sets.values() for pair in pairs]
     faults = list(filter(None, parallel_map(lambda pair: _pair_fault(pair, above), pairs, 'checking')))
-    if faults: raise InputError(f'{len(faults)} of {len(pairs)} pairs cannot be scored: {name_some(faults, 3)}')
+    more = f' … (+{len(faults) - 3} more)' if len(faults) > 3 else ''
+    if faults: raise InputError(f'{len(faults)} of {len(pairs)} pairs cannot be scored: {"; ".join(faults[:3])}{more}')
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #5cbb6db3
 def _versions() -> dict:
@@ -135,6 +136,7 @@ def _results_folder(run) -> Path:
     except OSError as error: raise InputError(f'{out}: cannot be written to ({error.strerror})') from None
     return out
 
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #74efaa63
 def evaluate(
     run, # folder made by `train` or `import_published`
     data, # data set: with TestDataset/<set>/, or a set itself

@@ -60,7 +60,7 @@ def show_pairs(
     for axis, pair in zip(axes.flat, pairs):
         image = read_image(pair.image)
         image.thumbnail((size, size))
-        _draw_outline(axis, image, cyan=np.asarray(Image.fromarray(read_mask(pair.mask)).resize(image.size)))
+        _draw_outline(axis, image, cyan=np.asarray(Image.fromarray(read_mask(pair.mask, above)).resize(image.size)))
         _title(axis, pair.image.stem, fontsize=9)
     return figure
 
@@ -275,7 +275,7 @@ def show_extremes(
     for axis, rank, which in zip(_blank_axes(figure, 1, 3)[0], (0, len(ranked)//2, -1), ('best', 'median', 'worst')):
         pair, score = pairs[ranked[rank]], dice[ranked[rank]]
         image = read_image(pair.image)
-        _draw_outline(axis, image, white=read_mask(pair.mask), cyan=predict(model, image, size))
+        _draw_outline(axis, image, white=read_mask(pair.mask, above), cyan=predict(model, image, size))
         _title(axis, f'{which}: {printable(pair.image.name)[:18]}, Dice {score:.2f}', fontsize=7)
     figure.suptitle(printable(title), fontsize=9, parse_math=False)
     return figure
