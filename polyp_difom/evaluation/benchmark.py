@@ -6,15 +6,22 @@
 __all__ = ['score_set', 'evaluate']
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #b5491be5
-import csv, json
+import json, shlex, time, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
-from ..core import InputError, atomic_path, disk_full_error
-from ..data.images import list_pairs, read_image, read_mask, test_folders
+from .. import __version__
+from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
+from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
 from ..model.model import PolypDiFoM, predict
 from ..deploy.predictor import read_run
 from ..show.figures import show_extremes
@@ -22,48 +29,130 @@ from .metrics import METRICS, SegmentationMetrics, minmax_map, score_map
 from .report import published, report_markdown
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #0792c77c
+def _size_fault(mask, shape) -> str: # empty if a mask has the shape of its image
+    return '' if mask.shape == tuple(shape) else f'mask {mask.shape[1]}x{mask.shape[0]}, image {shape[1]}x{shape[0]}'
+
+def _score_pair(probability, pair, above):
+    "Is the mask empty; scores and curves of `score_map`."
+    mask = read_mask(pair.mask, above)
+    if fault := _size_fault(mask, probability.shape): raise InputError(f'{pair.mask}: {fault}')
+    if not np.isfinite(probability).all(): raise InputError(f'{pair.image}: the prediction is NaN; the weights of this run are damaged')
+    return not mask.any(), *score_map(minmax_map(probability), mask, probability)
+
 def score_set(
     model:PolypDiFoM, # in eval mode
-    folder, # holds `images/` and `masks/`
-    size:int # what the model was trained at, in pixels
-) -> tuple: # summary under the keys of METRICS, dict of image name -> its scores
-    "Score a model on one test set by the PraNet protocol."
-    pairs, metrics = list_pairs(folder), SegmentationMetrics()
-    def score(probability, pair):
-        mask = read_mask(pair.mask)
-        if mask.shape != probability.shape: raise InputError(f'{pair.mask}: mask {mask.shape[1]}x{mask.shape[0]}, image {probability.shape[1]}x{probability.shape[0]}')
-        return score_map(minmax_map(probability), mask, probability)
+    pairs:list, # of `Pair`
+    size:int, # what the model was trained at, in pixels
+    above:int=128, # polyp where the mask is brighter
+    name:str='' # of the set, for the progress bar
+) -> tuple: # summary under the keys of METRICS, `images` and `empty`; DataFrame with a row of scores for each image
+    "Score a model on pairs by the PraNet protocol. Raises `InputError` for a pair that cannot be scored."
+    metrics, empty = SegmentationMetrics(), 0
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(score, predict(model, read_image(pair.image), size), pair)
-                   for pair in tqdm(pairs, desc=Path(folder).name, unit='image', leave=False)]
-        for future in futures: metrics.keep(*future.result())
-    return metrics.summary() | dict(images=len(pairs)), {pair.image.name: scores for pair, scores in zip(pairs, metrics.scores)}
+        futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size), pair, above)
+                   for pair in tqdm(pairs, desc=name, unit='image', leave=False)]
+        for future in futures:
+            is_empty, *scored = future.result()
+            empty += is_empty
+            metrics.keep(*scored)
+    images = pd.Index([printable(pair.image.name) for pair in pairs], name='image')
+    return metrics.summary() | dict(images=len(pairs), empty=empty), pd.DataFrame(metrics.scores, index=images)
 
-# %% ../../nbs/10_evaluation/03_benchmark.ipynb #ceedff09
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #d8c3b179
+def _pair_fault(pair, above) -> str: # empty if there is none
+    "Why a pair cannot be scored."
+    try: image, mask = read_image(pair.image), read_mask(pair.mask, above)
+    except InputError as error: return str(error)
+    fault = _size_fault(mask, image.size[::-1])
+    return fault and f'{pair.mask}: {fault}'
+
+def _check_sets(sets:dict, above):
+    "Raise `InputError` for pairs that cannot be scored."
+    pairs = [pair for pairs in sets.values() for pair in pairs]
+    faults = list(filter(None, parallel_map(lambda pair: _pair_fault(pair, above), pairs, 'checking')))
+    more = f' … (+{len(faults) - 3} more)' if len(faults) > 3 else ''
+    if faults: raise InputError(f'{len(faults)} of {len(pairs)} pairs cannot be scored: {"; ".join(faults[:3])}{more}')
+
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #5cbb6db3
+def _versions() -> dict:
+    "Versions of what decides a score."
+    return dict(polyp_difom=__version__) | {name: version(name) for name in ('torch', 'pysodmetrics', 'numpy', 'pillow')}
+
+def _command(run, data, layout:Layout) -> str:
+    "The command that makes this evaluation."
+    above = f'--mask-above {layout.mask_above}' if layout.mask_above != Layout().mask_above else ''
+    return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout), above]))
+
+def _describe(run, data, layout:Layout, settings:dict) -> dict:
+    "What is evaluated."
+    kept = {key: settings[key] for key in ('student', 'options', 'distilled', 'size', 'seed')}
+    return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout)), data=printable(data),
+                       layout=asdict(layout), versions=_versions(), date=datetime.now().astimezone().isoformat(timespec='seconds'))
+
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #fbe580bc
+def _file_stem(name:str) -> str:
+    "A name for files of a set, whatever the set is called."
+    return name if len(name.encode()) < 200 else f'{name[:40]}-{bytes_hash(name.encode()).hex()[:8]}'
+
+def _draw_picture(*what, **options): # PNG, or None
+    "`show_extremes` as a file's content."
+    content = BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph')
+            show_extremes(*what, **options).savefig(content, format='png', dpi=80)
+    except Exception as error: warnings.warn(f'{options["title"]}: no picture ({error})')
+    else: return content.getvalue()
+
+def _evaluate_set(model, pairs, size, above, name) -> tuple: # summary, file name -> content
+    "Scores of a set, and what is to be written of it."
+    summary, per_image = score_set(model, pairs, size, above, name)
+    picture = _draw_picture(model, pairs, per_image['Dice_05'].to_numpy(), size, title=name, above=above)
+    stem = _file_stem(name)
+    return summary, {f'{stem}.csv': per_image.to_csv().encode()} | ({f'{stem}.png': picture} if picture else {})
+
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #e5bee5c8
+def _old_files(out) -> list: # of Path, report.json last
+    "What the last evaluation wrote."
+    try: names = json.loads((out/'report.json').read_text())['files']
+    except (OSError, ValueError, TypeError, KeyError): names = []
+    return [out/Path(str(name)).name for name in names if str(name) != 'report.json'] + [out/'report.json']
+
+def _write_files(out, files:dict): # name -> content, report.json first
+    "Write all files, then put them in the place of the old ones."
+    with disk_full_error(out), ExitStack() as moves: # they happen in reverse order
+        for name, content in files.items(): moves.enter_context(atomic_path(out/name)).write_bytes(content)
+        for old in _old_files(out):
+            if old.is_file(): old.unlink()
+
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #534fb469
+def _results_folder(run) -> Path:
+    "Where results go. Raises `InputError` if nothing can be written there."
+    out = Path(run)/'evaluation'
+    try:
+        out.mkdir(exist_ok=True)
+        with atomic_path(out/'.writable'): pass
+        (out/'.writable').unlink()
+    except OSError as error: raise InputError(f'{out}: cannot be written to ({error.strerror})') from None
+    return out
+
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #74efaa63
 def evaluate(
     run, # folder made by `train` or `import_published`
-    data, # data set in the PraNet layout
+    data, # data set: with TestDataset/<set>/, or a set itself
+    layout:Layout=Layout(), # where its images and masks are
     student=None # for a network that is not in the registry
-) -> dict: # run settings, and under `sets` the scores, count and published figures of every test set
-    "Score a run on every set under `TestDataset`; report.json, report.md, scores and a picture per set go to RUN/evaluation."
-    model, settings = read_run(run, student)
-    folders, out = test_folders(data), Path(run)/'evaluation'
-    report = dict(student=settings['student'], options=settings['options'], distilled=settings['distilled'], size=settings['size'],
-                  epochs=sum(settings['epochs']), seed=settings['seed'], sets={})
-    beside = published(settings['student'], settings['distilled'])
-    for name, folder in folders.items():
-        summary, per_image = score_set(model, folder, settings['size'])
+) -> dict: # what was evaluated, and under `sets` the scores, counts and published figures of every test set
+    "Score a run on every test set. Report, scores of every image and a picture per set go to RUN/evaluation. Raises `InputError` before anything is scored."
+    start, (model, settings) = time.perf_counter(), read_run(run, student)
+    out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
+    _check_sets(sets, layout.mask_above)
+    report, beside, written = _describe(run, data, layout, settings) | dict(sets={}), published(settings['student'], settings['distilled']), {}
+    for name, pairs in sets.items():
+        summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
         report['sets'][name] = summary | dict(published=beside.get(name, {}))
-        with disk_full_error(out): _write_set(out, name, per_image, show_extremes(model, folder, per_image, settings['size']))
-    with disk_full_error(out):
-        for file, text in (('report.json', json.dumps(report, indent=1)), ('report.md', report_markdown(report))):
-            with atomic_path(out/file) as path: path.write_text(text)
+        written |= files
+    report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
+    texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}
+    _write_files(out, {name: text.encode() for name, text in texts.items()} | written)
     return report
-
-def _write_set(out, name, per_image, figure):
-    "Scores of every image as CSV, and the picture of the extremes."
-    with atomic_path(out/f'{name}.csv') as path, path.open('w', newline='') as file:
-        table = csv.DictWriter(file, ['image', *METRICS]); table.writeheader()
-        table.writerows(dict(image=image, **scores) for image, scores in per_image.items())
-    with atomic_path(out/f'{name}.png') as path: figure.savefig(path, format='png', dpi=80)
-    plt.close(figure)

@@ -8,6 +8,7 @@ __all__ = ['METRICS', 'probability_map', 'minmax_map', 'protocol_map', 'plain_ov
 
 # %% ../../nbs/10_evaluation/01_metrics.ipynb #0e1b0618
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from py_sod_metrics import DICEHandler, Emeasure, FmeasureV2, IOUHandler, MAE, S
 from torch import Tensor
 
 from ..core import InputError, name_some
-from ..data.images import find_images, read_mask
+from ..data.images import find_images, open_image, read_mask
 
 # %% ../../nbs/10_evaluation/01_metrics.ipynb #127ec555
 METRICS = ('mDice', 'mIoU', 'wFm', 'Sm', 'Em_max', 'Em_mean', 'MAE',
@@ -131,17 +132,29 @@ class SegmentationMetrics:
         return means | _from_curves(np.mean(self.curves, axis=0))
 
 # %% ../../nbs/10_evaluation/01_metrics.ipynb #2d0ea481
+def _is_gray(image):
+    "Opaque, with equal channels but for JPEG's noise?"
+    if image.has_transparency_data and image.convert('RGBA').getchannel('A').getextrema()[0] < 255: return False
+    return np.ptp(np.asarray(image.convert('RGB')), axis=-1).max() <= 16
+
 def read_map(
-    path, # an 8-bit image in any format that PIL reads
+    path, # an 8-bit image in any format that is read as an image
 ) -> np.ndarray: # (H, W) uint8
     "Read a saved prediction map; raises `InputError` with the file's name"
-    try:
-        with Image.open(path) as im: mode, gray = im.mode, np.asarray(im.convert('L'))
-    except (OSError, SyntaxError, ValueError) as e: raise InputError(f"cannot read {path}: {e}") from e
-    if mode.startswith(('I', 'F')): raise InputError(f"{path} is not an 8-bit image but {mode}: save it with gray values 0 to 255")
-    return gray
+    image = open_image(path)
+    if image.mode.startswith(('I', 'F')): raise InputError(f"{path} is not an 8-bit image but {image.mode}: save it with gray values 0 to 255")
+    if not _is_gray(image): raise InputError(f"{path} is not gray, but has colours or transparency: save the map itself, with gray values 0 to 255")
+    return np.asarray(image.convert('L'))
 
 # %% ../../nbs/10_evaluation/01_metrics.ipynb #e1f85ded
+def _check_range(predictions, maps):
+    "Maps of which none has a value above 1 are masks of 0 and 1"
+    largest = 0
+    for path in maps:
+        largest = max(largest, read_map(path).max())
+        if largest > 1: return
+    if largest: raise InputError(f"{predictions}: no map has a value above 1: save them with gray values 0 to 255")
+
 def _pair_up(predictions, masks):
     for folder in (predictions, masks):
         if not Path(folder).is_dir(): raise InputError(f"{folder} is not a folder")
@@ -151,26 +164,29 @@ def _pair_up(predictions, masks):
     missing = [stem for stem in gts if stem not in maps]
     if missing:
         raise InputError(f"{len(missing)} of {len(gts)} masks have no prediction of the same name in {predictions}: {name_some(missing, 3)}")
+    _check_range(predictions, [maps[stem] for stem in gts])
     return {stem: (maps[stem], gts[stem]) for stem in gts}
 
-def _score_files(files):
-    prediction, gt = read_map(files[0]), read_mask(files[1])
+# %% ../../nbs/10_evaluation/01_metrics.ipynb #cbe17741
+def _score_files(files, above):
+    prediction, gt = read_map(files[0]), read_mask(files[1], above)
     resized = prediction.shape != gt.shape
     if resized: prediction = np.asarray(Image.fromarray(prediction).resize(gt.shape[::-1], Image.Resampling.BILINEAR))
-    return resized, *score_map(prediction, gt)
+    return dict(resized=resized, empty=not gt.any()), *score_map(prediction, gt)
 
 def score_folder(
     predictions, # folder of saved 8-bit maps
     masks, # folder of masks; each needs a map of the same stem
     progress=None, # wraps the list of stems to show progress, as `tqdm` or `progress_bar` do
     workers:int=2, # threads
-) -> tuple: # the set's scores under the keys of `METRICS` with `images` and `resized` counted; stem -> that image's scores
+    above:int=128, # polyp where the mask is brighter
+) -> tuple: # the set's scores under the keys of `METRICS` with `images`, `resized` and `empty` masks counted; stem -> that image's scores
     "Score a folder of saved prediction maps; raises `InputError` for what is missing or cannot be read"
     pairs = _pair_up(predictions, masks)
-    metrics, per_image, n_resized = SegmentationMetrics(), {}, 0
+    metrics, per_image, counts = SegmentationMetrics(), {}, dict(resized=0, empty=0)
     with ThreadPoolExecutor(workers) as pool:
         stems = progress(list(pairs)) if progress else pairs
-        for stem, (resized, scores, curves) in zip(stems, pool.map(_score_files, pairs.values())):
+        for stem, (found, scores, curves) in zip(stems, pool.map(partial(_score_files, above=above), pairs.values())):
             per_image[stem] = metrics.keep(scores, curves)
-            n_resized += resized
-    return metrics.summary() | dict(images=len(per_image), resized=n_resized), per_image
+            counts = {key: counts[key] + found[key] for key in counts}
+    return metrics.summary() | dict(images=len(per_image), **counts), per_image

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['show_pairs', 'maps_to_colour', 'show_split', 'show_targets', 'share_below', 'radial_spectrum', 'show_spectrum',
-           'show_frequency', 'read_log', 'show_log', 'show_extremes']
+           'show_frequency', 'read_log', 'show_log', 'show_extremes', 'show_road']
 
-# %% ../../nbs/09_show/01_figures.ipynb #a86e84ab
-import csv
+# %% ../../nbs/09_show/01_figures.ipynb #7c18692b
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..core import InputError
-from ..data.images import Pair, list_pairs, read_image, read_mask
+from ..core import InputError, printable
+from ..data.images import Pair, read_image, read_mask
 from ..features.store import FeatureStore
 from ..targets.frequency import low_mask, radial_frequency, split_frequency
 from ..targets.latent import TargetStore
@@ -36,23 +36,32 @@ def _blank_axes(figure:Figure, rows:int, columns:int) -> np.ndarray: # (rows, co
     for axis in axes.flat: axis.set(xticks=[], yticks=[], frame_on=False)
     return axes
 
+def _title(axis, text, **style):
+    "A title that shows its text: a file name may hold `$`, which matplotlib takes for mathematics, or no text at all."
+    axis.set_title(printable(text), parse_math=False, **style)
+
+# %% ../../nbs/09_show/01_figures.ipynb #2dfac378
+def _draw_outline(axis, image:Image.Image, **outlines): # colour -> (H, W), a mask or a probability map
+    "A picture with the outlines at 0.5 of maps of its size."
+    axis.imshow(image, aspect='equal' if max(image.size) < 16*min(image.size) else 'auto')
+    for colour, values in outlines.items():
+        if min(values.shape) > 1 and values.max() > 0.5 >= values.min(): axis.contour(values, [0.5], colors=colour, linewidths=1.3)
+
 def show_pairs(
     pairs:list, # of `Pair`
     size:int=256, # longer side of a picture, in pixels
-    columns:int=4 # pictures side by side
+    columns:int=4, # pictures side by side
+    above:int=128 # polyp where the mask is brighter
 ) -> Figure:
     "Images with the outline of their masks."
     columns = max(1, min(columns, len(pairs)))
     rows = max(1, -(-len(pairs)//columns))
-    figure = _new_figure(2.2*columns, 2*rows)
-    axes = _blank_axes(figure, rows, columns)
+    axes = _blank_axes(figure := _new_figure(2.2*columns, 2*rows), rows, columns)
     for axis, pair in zip(axes.flat, pairs):
         image = read_image(pair.image)
         image.thumbnail((size, size))
-        mask = np.asarray(Image.fromarray(read_mask(pair.mask)).resize(image.size))
-        axis.imshow(image)
-        axis.set_title(pair.image.stem, fontsize=9)
-        if mask.any() and not mask.all(): axis.contour(mask, [0.5], colors='cyan', linewidths=1.5)
+        _draw_outline(axis, image, cyan=np.asarray(Image.fromarray(read_mask(pair.mask, above)).resize(image.size)))
+        _title(axis, pair.image.stem, fontsize=9)
     return figure
 
 # %% ../../nbs/09_show/01_figures.ipynb #875525c4
@@ -67,10 +76,10 @@ def maps_to_colour(
     square = centred.T @ centred if len(pixels) > pixels.shape[1] else centred # the same components, cheaper
     basis = torch.linalg.svd(square, full_matrices=False).Vh[:3]
     basis = basis*basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-    parts = centred @ basis.T
-    spread = parts.std(0, correction=0)
+    found = centred @ basis.T
+    std = found.std(0, correction=0)
     colours = torch.full((len(pixels), 3), 0.5, dtype=torch.double)
-    colours[:, :parts.shape[1]] += parts/(5*spread.clamp(min=0.2*spread.max()) + noise)
+    colours[:, :found.shape[1]] += found/(5*std.clamp(min=0.2*std.max()) + noise)
     colours = colours.clamp(0, 1).split([m.shape[1]*m.shape[2] for m in maps])
     return [c.reshape(*m.shape[1:], 3).numpy() for c, m in zip(colours, maps)]
 
@@ -80,8 +89,8 @@ def _draw_split(axes, image:Image.Image, maps, cutoff:float, whole:bool=True):
     maps = torch.as_tensor(maps).float()
     low, high = split_frequency(maps, cutoff)
     both, (fast,) = maps_to_colour(maps, low), maps_to_colour(high)
-    pictures = {'image': image, 'map': both[0], f'LFC, cut-off {cutoff:.2f}': both[1], 'HFC': fast}
-    if not whole: del pictures['map']
+    pictures = {'image': image, 'teacher map': both[0], f'LFC, cut-off {cutoff:.2f}': both[1], 'HFC': fast}
+    if not whole: del pictures['teacher map']
     for axis, (title, picture) in zip(axes, pictures.items()):
         axis.imshow(picture, extent=(0, image.width, image.height, 0))
         axis.set_title(title, fontsize=10)
@@ -111,7 +120,7 @@ def show_targets(
     for row, pictures in zip(axes, (images, low, high)):
         for axis, picture, image in zip(row, pictures, images): axis.imshow(picture, extent=(0, image.width, image.height, 0))
     for row, label in zip(axes, ('image', 'LFC', 'HFC')): row[0].set_ylabel(label, fontsize=10)
-    for axis, i in zip(axes[0], indices): axis.set_title(pairs[i].image.stem, fontsize=9)
+    for axis, i in zip(axes[0], indices): _title(axis, pairs[i].image.stem, fontsize=9)
     return figure
 
 # %% ../../nbs/09_show/01_figures.ipynb #2487b789
@@ -156,8 +165,8 @@ def _standardise(maps) -> torch.Tensor: # (C, h, w)
     "Mean zero and variance one for each channel; a constant channel stays at zero."
     maps = torch.as_tensor(maps).double()
     centred = maps - maps.mean((-2, -1), keepdim=True)
-    spread = centred.std((-2, -1), correction=0, keepdim=True)
-    return torch.where(spread > 1e-6*maps.abs().max(), centred/spread, 0.)
+    std = centred.std((-2, -1), correction=0, keepdim=True)
+    return torch.where(std > 1e-6*maps.abs().max(), centred/std, 0.)
 
 def _draw_spectrum(axis, named:dict, cutoff:float):
     "A line for each of the maps, on a logarithmic scale."
@@ -197,25 +206,32 @@ def show_frequency(
     axis.set_title(f'{share_below(_standardise(maps), cutoff):.0%} of the variance in LFC', fontsize=10)
     return figure
 
-# %% ../../nbs/09_show/01_figures.ipynb #f37854fe
+# %% ../../nbs/09_show/01_figures.ipynb #3d5c39eb
 def read_log(
     run # folder of a run
-) -> dict: # column -> one float per finished epoch
+) -> pd.DataFrame: # a row per finished epoch
     "The log of a run. Raises `InputError` if there is none."
     path = Path(run)/'log.csv'
     if not path.is_file(): raise InputError(f'{path}: no such file; name the folder of a run that has finished an epoch')
-    with path.open(newline='') as file: rows = list(csv.DictReader(file))
-    if not rows: raise InputError(f'{path}: no finished epoch in it')
-    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    try: log = pd.read_csv(path)
+    except ValueError as error: raise InputError(f'{path}: not the log of a run ({str(error).splitlines()[0]})') from None
+    lacking = [column for column in ('epoch', 'phase', 'seg', 'valid_dice') if column not in log]
+    if lacking: raise InputError(f'{path}: not the log of a run (it lacks {", ".join(lacking)})')
+    if log.empty: raise InputError(f'{path}: no finished epoch in it')
+    return log
 
-def _shade_phases(axis, log:dict):
+# %% ../../nbs/09_show/01_figures.ipynb #01d99484
+def _shade_phases(axis, log):
     "A band and a roman number for each phase, above the axis."
-    for phase in np.unique(log['phase']).astype(int):
-        epochs = log['epoch'][log['phase'] == phase]
-        axis.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=f'C{phase + 6}', alpha=0.12, lw=0)
-        axis.text(epochs.mean(), 1.02, 'I'*phase, transform=axis.get_xaxis_transform(), ha='center', fontsize=9)
+    for phase, epochs in log.groupby('phase')['epoch']:
+        axis.axvspan(epochs.min() - 0.5, epochs.max() + 0.5, color=f'C{phase + 6}', alpha=0.12, lw=0)
+        axis.text(epochs.mean(), 1.02, 'I'*int(phase), transform=axis.get_xaxis_transform(), ha='center', fontsize=9)
 
-# %% ../../nbs/09_show/01_figures.ipynb #3d5c39eb
+def _mark_best(axis, log, colour:str):
+    "A dot at the epoch that was kept; of equals the last, as `Checkpoint` has it."
+    best = log['valid_dice'][::-1].idxmax()
+    axis.plot(log['epoch'][best], log['valid_dice'][best], 'o', color=colour)
+
 def _draw_lines(axis, logs:dict, columns:dict):
     "A colour for each run, a line style for each column that it has."
     for i, (label, log) in enumerate(logs.items()):
@@ -225,42 +241,57 @@ def _draw_lines(axis, logs:dict, columns:dict):
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.get_legend_handles_labels()[0]: axis.legend(fontsize=8, ncols=max(2, len(logs)), frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.22))
 
+_panels = {'segmentation loss': dict(seg='train', valid_loss='valid'), 'latent loss': dict(l1='L1', l2='L2'),
+           'R² of the latents': dict(r2_l1='L1', r2_l2='L2'), 'validation Dice': dict(valid_dice='')}
+
 def show_log(
     run # folder of a run, or several of them: label -> folder
 ) -> Figure:
-    "Segmentation loss, latent losses (if any run has them) and validation Dice over epochs, phases shaded."
+    "Segmentation loss, latent losses and their R² (if any run has them), and validation Dice over epochs, phases shaded."
     logs = {label: read_log(path) for label, path in (run if isinstance(run, dict) else {'': run}).items()}
-    panels = {'segmentation loss': dict(seg='train', valid_loss='valid'), 'latent loss': dict(l1='L1', l2='L2'), 'validation Dice': dict(valid_dice='')}
-    distilled = [log for log in logs.values() if 'l1' in log]
-    if not distilled: del panels['latent loss']
-    figure = _new_figure(3.4*len(panels), 3)
+    panels = {title: columns for title, columns in _panels.items() if any(column in log for log in logs.values() for column in columns)}
+    figure = _new_figure(3.1*len(panels), 3)
     for axis, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         _draw_lines(axis, logs, columns)
         axis.set_ylabel(title)
         if title == 'latent loss': axis.set_yscale('log')
-        for log in distilled[:1]: _shade_phases(axis, log)
-    for i, log in enumerate(logs.values()):
-        best = len(log['epoch']) - 1 - log['valid_dice'][::-1].argmax() # of equals the last, as `Checkpoint`
-        axis.plot(log['epoch'][best], log['valid_dice'][best], 'o', color=f'C{i}')
+        if title.startswith('R²'): axis.set_ylim(max(-0.3, axis.get_ylim()[0]), 1)
+        for log in [log for log in logs.values() if 'l1' in log][:1]: _shade_phases(axis, log)
+    for i, log in enumerate(logs.values()): _mark_best(axis, log, f'C{i}')
     return figure
 
 # %% ../../nbs/09_show/01_figures.ipynb #d0ebc3de
 def show_extremes(
     model:PolypDiFoM, # in eval mode
-    folder, # of the test set
-    per_image:dict, # as from `score_set`
-    size:int # what the model was trained at, in pixels
-): # matplotlib Figure
-    "Best, median and worst image of a test set."
-    pairs = {pair.image.name: pair for pair in list_pairs(folder)}
-    ranked = sorted(per_image, key=lambda name: -per_image[name]['Dice_05'])
-    chosen = dict(best=ranked[0], median=ranked[len(ranked)//2], worst=ranked[-1])
-    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.1), layout='constrained')
-    for axis, (title, name) in zip(axes, chosen.items()):
-        image = read_image(pairs[name].image)
-        axis.imshow(image)
-        for map_, colour in ((read_mask(pairs[name].mask), 'white'), (predict(model, image, size), 'cyan')):
-            if map_.max() > 0.5 >= map_.min(): axis.contour(map_, [0.5], colors=colour, linewidths=1.2)
-        axis.set_title(f'{title}: {name[:18]}, Dice {per_image[name]["Dice_05"]:.2f}', fontsize=7); axis.axis('off')
-    figure.suptitle(Path(folder).name, fontsize=9)
+    pairs:list, # of `Pair`
+    dice, # one number for each of them, which ranks them
+    size:int, # what the model was trained at, in pixels
+    title:str='', # of the figure
+    above:int=128 # polyp where the mask is brighter
+) -> Figure:
+    "Best, median and worst image of a set, with mask and prediction."
+    ranked = np.argsort(-np.asarray(dice), kind='stable')
+    figure = _new_figure(6.6, 2.1)
+    for axis, rank, which in zip(_blank_axes(figure, 1, 3)[0], (0, len(ranked)//2, -1), ('best', 'median', 'worst')):
+        pair, score = pairs[ranked[rank]], dice[ranked[rank]]
+        image = read_image(pair.image)
+        _draw_outline(axis, image, white=read_mask(pair.mask, above), cyan=predict(model, image, size))
+        _title(axis, f'{which}: {printable(pair.image.name)[:18]}, Dice {score:.2f}', fontsize=7)
+    figure.suptitle(printable(title), fontsize=9, parse_math=False)
+    return figure
+
+# %% ../../nbs/09_show/01_figures.ipynb #cb2a039c
+def show_road(
+    image:Image.Image, # RGB, as from `read_image`
+    maps, # (C, h, w), a teacher's map of it
+    probability, # (H, W) in 0..1, a student's prediction
+    mask, # (H, W) bool, the truth
+    cutoff:float=1/3 # fraction of Nyquist
+) -> Figure:
+    "Frame, teacher map, LFC, HFC, and the prediction (cyan) over the truth (white)."
+    figure = _new_figure(11, 2.1)
+    *split, last = _blank_axes(figure, 1, 5)[0]
+    _draw_split(split, image, maps, cutoff)
+    _draw_outline(last, image, white=mask, cyan=np.asarray(probability))
+    for axis, title in zip((*split, last), ('frame', 'teacher map', 'LFC, for L1', 'HFC, for L2', 'prediction (cyan), truth')): axis.set_title(title, fontsize=10)
     return figure

@@ -13,20 +13,24 @@ from ipywidgets import Dropdown, FloatSlider, HBox, Image as Picture, VBox
 from ..features.store import FeatureStore
 from .figures import show_frequency
 
-# %% ../../nbs/09_show/02_widgets.ipynb #a34c4238
+# %% ../../nbs/09_show/02_widgets.ipynb #c99d1a27
+def _draw(store, pair, teacher:str, cutoff:float) -> bytes: # PNG
+    "The figure as a browser takes it."
+    drawn = io.BytesIO()
+    show_frequency(store, pair, teacher, cutoff).savefig(drawn, format='png', dpi=90)
+    return drawn.getvalue()
+
 def frequency_widget(
     store:FeatureStore,
     pairs:list # of `Pair`, images of the store
 ) -> VBox: # shown by a notebook when it is the value of a cell
     "Choose image, teacher and cut-off, and see LFC, HFC and spectrum."
-    image = Dropdown(options=[(pair.image.stem, pair) for pair in pairs], description='image')
+    images = {pair.image.stem: pair for pair in pairs}
+    image = Dropdown(options=list(images), description='image')
     teacher = Dropdown(options=store.teachers, description='teacher')
     cutoff = FloatSlider(1/3, min=0, max=1.4, step=0.01, description='cut-off', continuous_update=False)
     picture = Picture(format='png')
-    def draw(change=None):
-        drawn = io.BytesIO()
-        show_frequency(store, image.value, teacher.value, cutoff.value).savefig(drawn, dpi=90)
-        picture.value = drawn.getvalue()
+    def draw(change=None): picture.value = _draw(store, images[image.value], teacher.value, cutoff.value)
     for control in (image, teacher, cutoff): control.observe(draw, 'value')
     draw()
     return VBox([HBox([image, teacher, cutoff]), picture])
