@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'atomic_path', 'to_place', 'filesystem', 'read_bytes', 'bytes_hash',
            'file_hash', 'disk_full_error', 'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options',
-           'heed_offline', 'hub_error']
+           'check_options', 'check_number', 'heed_offline', 'hub_error']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
-import ast, difflib, errno, glob, hashlib, os, re, socket, stat, tempfile, warnings
+import ast, difflib, errno, glob, hashlib, os, re, reprlib, socket, stat, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -184,6 +184,35 @@ def read_options(
     for name in options:
         if not any(name in names for names in known): raise InputError(f'unknown option {name}; {nearest(name, set().union(*known))}')
     return tuple(kind(**{name: value for name, value in options.items() if name in names}) for kind, names in zip(kinds, known))
+
+# %% ../nbs/00_core.ipynb #9ea99d48
+def _is_plain(value, largest=65536) -> bool:
+    "Is it None, text, a number up to `largest`, or a list or dict of such?"
+    if isinstance(value, dict): return all(isinstance(key, str) for key in value) and _is_plain(list(value.values()))
+    if isinstance(value, (list, tuple)): return len(value) <= 64 and all(_is_plain(v) for v in value)
+    if isinstance(value, (int, float)): return -largest <= value <= largest # False for nan
+    return value is None or isinstance(value, str)
+
+def check_options(
+    what:str, # they are options of, as `student unet`
+    options:dict, # name -> value
+    known # names there are
+):
+    "Raises `InputError` for an option that is unknown, with the nearest names, or whose value is not plain."
+    for name, value in options.items():
+        if name not in known: raise InputError(f'{what}: unknown option {name}; {nearest(name, known) if known else "it has none"}')
+        if not _is_plain(value): raise InputError(f'{what}: option {name} takes a number up to 65536 in size, text, or a list of these')
+
+# %% ../nbs/00_core.ipynb #b9f9cf72
+def check_number(
+    what:str, # it is, as `student unet: width`
+    value, # as given
+    low, high, # bounds, inclusive; whole numbers if `low` is one
+):
+    "A number within its bounds. Raises `InputError`."
+    kind, name = (int, 'a whole number') if isinstance(low, int) else ((int, float), 'a number')
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high: return value
+    raise InputError(f'{what} is {reprlib.repr(value)}; give {name} from {low} to {high}')
 
 # %% ../nbs/00_core.ipynb #5c8575dc
 def heed_offline():
