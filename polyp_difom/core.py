@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'atomic_path', 'to_place', 'filesystem', 'read_bytes', 'bytes_hash',
-           'file_hash', 'disk_full_error', 'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options',
-           'check_options', 'check_number', 'heed_offline', 'hub_error']
+           'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error', 'memory_error',
+           'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'check_number', 'heed_offline',
+           'hub_error']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
 import ast, difflib, errno, glob, hashlib, os, re, reprlib, socket, stat, tempfile, warnings
@@ -127,6 +128,33 @@ def disk_full_error(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         raise InputError(f'{place}: no space left on the disk; {finished}') from None
+
+# %% ../nbs/00_core.ipynb #af5803f6
+@contextmanager
+def unwritable_error(
+    place # what is being written to
+):
+    "Turn 'permission denied' and 'read-only' into an `InputError`."
+    try: yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR): raise
+        raise InputError(f'{place}: cannot be written to ({error.strerror}); choose another place') from None
+
+# %% ../nbs/00_core.ipynb #b5909635
+class DamagedError(InputError):
+    "Something on disk that is not what was written."
+
+@contextmanager
+def damage_error(
+    what, # is read
+    remedy:str # what to do if it is damaged
+):
+    "Turn what a library raises for damaged or missing files into a `DamagedError`, and any other fault of reading into an `InputError`."
+    try: yield
+    except (InputError, MemoryError): raise
+    except FileNotFoundError: raise DamagedError(f'{what}: missing; {remedy}') from None
+    except OSError as error: raise InputError(f'{what}: cannot be read ({error.strerror or error})') from None
+    except Exception: raise DamagedError(f'{what}: damaged; {remedy}') from None
 
 # %% ../nbs/00_core.ipynb #e8618a3a
 @contextmanager
