@@ -21,7 +21,7 @@ from .features.store import FeatureStore
 from .students.blocks import Student
 from .students.unetpp import UNetPlusPlus
 from .students.registry import create_student
-from .targets.frequency import split_frequency, split_kinds
+from .targets.frequency import split_frequency, splits
 from .targets.projection import resize
 from .model.model import PolypDiFoM, save_model
 from .training.callbacks import Distillation
@@ -173,7 +173,7 @@ class TrainableFusion(nn.Conv2d):
         raw # (B, n_in, h, w) float32
     ): # (B, 2, channels, 64, 64): LFC and HFC
         fused = F.relu(resize(super().forward(raw), (64, 64)))
-        return torch.stack(split_frequency(fused, kind='square'), 1)
+        return torch.stack(split_frequency(fused, split='square'), 1)
 
 # %% ../nbs/11_published.ipynb #cfcdd14e
 class PublishedDistillation(Distillation):
@@ -197,4 +197,4 @@ def square_window_low(
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum*mask, dim=(-2, -1)))
 
 # %% ../nbs/11_published.ipynb #94f9ba21
-split_kinds['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
+splits['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
