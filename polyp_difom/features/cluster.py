@@ -9,10 +9,11 @@ __all__ = ['ExtractionWorker', 'make_shares', 'extract_on_cluster']
 import logging, os, time
 
 import torch
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core import InputError, disk_full_error, file_hash, memory_error, to_place
-from ..data.images import list_images
+from ..data.images import Layout, list_images
 from ..teachers.registry import create_teacher
 from .store import FeatureStore, views
 from .extract import Job, report, tell_broken, write_maps
@@ -26,12 +27,6 @@ class ExtractionWorker:
         batch_size:int
     ): self.spec, self.out, self.batch_size, self.teacher = spec, out, batch_size, None
 
-    def _load(self):
-        store = FeatureStore(self.out)
-        self.teacher = create_teacher(self.spec).to('cuda' if torch.cuda.is_available() else 'cpu')
-        store.check_teacher(self.teacher.provenance)
-        self.array = store.array(self.teacher.name)
-
     def __call__(self,
         share:dict # of lists, as `make_shares` makes it
     ) -> dict: # images seen, seconds inside the teacher, errors of pictures, failure that ends the job
@@ -44,6 +39,15 @@ class ExtractionWorker:
                     seen, inside, errors = seen + images, inside + seconds, errors + [str(error) for error in broken]
         except InputError as error: failure = str(error)
         return dict(seen=seen, inside=inside, errors=errors, failure=failure)
+
+# %% ../../nbs/03_features/03_cluster.ipynb #338b4076
+@patch
+def _load(self:ExtractionWorker):
+    "Open the store, and see that the teacher is the one planned for."
+    store = FeatureStore(self.out)
+    self.teacher = create_teacher(self.spec).to('cuda' if torch.cuda.is_available() else 'cpu')
+    store.check_teacher(self.teacher.provenance)
+    self.array = store.array(self.teacher.name)
 
 # %% ../../nbs/03_features/03_cluster.ipynb #b211719b
 def make_shares(
@@ -71,6 +75,7 @@ def _hash(row:dict) -> dict:
     try: return dict(image=row['item'], digest=file_hash(row['item']), error='')
     except InputError as error: return dict(image=row['item'], digest=b'', error=str(error))
 
+# %% ../../nbs/03_features/03_cluster.ipynb #ad035f87
 def _hash_images(ray, images) -> tuple: # as `hash_images`
     found = {row['image']: row for row in ray.data.from_items(list(map(str, images))).map(_hash).iter_rows()}
     readable = [image for image in images if not found[str(image)]['error']]
@@ -89,6 +94,7 @@ def _run(ray, spec, shares, batch_size, out, workers, bar) -> tuple: # seconds i
         bar.update(done['seen'])
     return inside, errors
 
+# %% ../../nbs/03_features/03_cluster.ipynb #1be97a86
 def _extract_teacher(ray, spec, images, hashes, out, batch_size, workers, flips, verify) -> tuple: # report, errors
     "The plan of one teacher, and its shares."
     teacher = create_teacher(spec)
@@ -99,20 +105,21 @@ def _extract_teacher(ray, spec, images, hashes, out, batch_size, workers, flips,
         if shares: inside, errors = _run(ray, spec, shares, batch_size, out, workers, bar)
     return report(teacher.name, len(work), time.perf_counter() - start, inside/workers), errors
 
-# %% ../../nbs/03_features/03_cluster.ipynb #1be97a86
+# %% ../../nbs/03_features/03_cluster.ipynb #2ce6a197
 def extract_on_cluster(
-    data, # data set, folder of pictures, or address of one; every node must see it
+    data, # data set of any layout, folder of pictures, or address of one; every node must see it
     teachers:list, # specifications; a checkpoint must lie at the same path on every node
     out, # folder or address of the store, made or continued; every node must see it
     batch_size:int=16,
     workers:int=None, # one for each GPU of the cluster, or each CPU if it has none
     flips:bool=False, # the flipped views, too
+    layout:Layout=Layout(), # of the data set
     verify:bool=False # read the maps that are there, in the driver, and make damaged ones anew
 ) -> list: # a report per teacher, see `features.extract.report`
     "What `extract` does, on a Ray cluster."
     ray = _connect()
     data, out = (str(place.absolute() if hasattr(place, 'absolute') else place) for place in map(to_place, (data, out)))
-    listed, reports = list_images(data), []
+    listed, reports = list_images(data, layout), []
     images, hashes, errors = _hash_images(ray, listed)
     if not images: tell_broken(errors, len(listed))
     workers = workers or int(ray.cluster_resources().get('GPU') or ray.cluster_resources()['CPU'])

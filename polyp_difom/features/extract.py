@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from ..core import InputError, bytes_hash, disk_full_error, file_hash, filesystem, memory_error, name_some, parallel_map, read_bytes, unwritable_error
-from ..data.images import list_images, read_image
+from ..core import InputError, bytes_hash, disk_full_error, file_hash, memory_error, name_some, parallel_map, read_bytes, unwritable_error
+from ..data.images import Layout, list_images, read_image
 from ..teachers.base import Teacher
 from ..teachers.registry import create_teacher
 from .store import FeatureStore, view_key, views
@@ -44,6 +44,7 @@ class Job(NamedTuple):
     view: str # of it
     row: int # where the map belongs
 
+# %% ../../nbs/03_features/02_extract.ipynb #9f05eae1
 @patch
 def plan(self:FeatureStore,
     teacher:Teacher,
@@ -60,19 +61,11 @@ def plan(self:FeatureStore,
     return [Job(*jobs[keys[i]], self.rows[keys[i]]) for i in self.missing(teacher.name, keys, verify)]
 
 # %% ../../nbs/03_features/02_extract.ipynb #a416f2c8
-def _decode(content:bytes, image) -> Image.Image: # RGB, upright
-    "A picture from its bytes; `image` is what to call it."
-    files, name = filesystem(place := f'memory://decode/{bytes_hash(content).hex()}-{id(content)}')
-    files.pipe_file(name, content)
-    try: return read_image(place)
-    except InputError as error: raise InputError(str(error).replace(place, str(image))) from None
-    finally: files.rm_file(name)
-
 def _load_square(job:Job, size:int) -> torch.Tensor: # (3, size, size) uint8
     "A picture as a teacher sees it."
     content = read_bytes(job.image)
     if bytes_hash(content) != job.digest: raise InputError(f'{job.image}: was replaced while features were made; run again')
-    image = _decode(content, job.image).resize((size, size), Image.Resampling.BILINEAR)
+    image = read_image(content, job.image).resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).flip(views[job.view])
 
 # %% ../../nbs/03_features/02_extract.ipynb #340a1efb
@@ -101,6 +94,7 @@ def _look(teacher:Teacher, images) -> np.ndarray: # (B, C, h, w) float16
     parts = images.split(1 if device.type == 'cpu' else len(images))
     return torch.cat([teacher(part.to(device).float()/255).half().cpu() for part in parts]).numpy()
 
+# %% ../../nbs/03_features/02_extract.ipynb #6742e089
 def write_maps(
     array, # of `FeatureStore.array`
     teacher:Teacher,
@@ -130,6 +124,7 @@ def report(
     return dict(teacher=teacher, images=images, seconds=round(seconds, 2), images_per_s=round(images/seconds, 1) if images else None,
                 outside_teacher=round(1 - inside/seconds, 3))
 
+# %% ../../nbs/03_features/02_extract.ipynb #8b066fe0
 def _make_maps(store, teacher, images, hashes, batch_size, wanted, verify) -> tuple: # report, errors
     "Write the maps that the store lacks."
     work, (start, inside, errors) = store.plan(teacher, images, hashes, wanted, verify), (time.perf_counter(), 0., [])
@@ -148,6 +143,7 @@ def tell_broken(
     if errors := list(dict.fromkeys(map(str, errors))):
         raise InputError(f'{len(errors)} of {total} pictures have no features: {name_some(errors, 3)}; the others are done; mend these or take them away, and run again')
 
+# %% ../../nbs/03_features/02_extract.ipynb #a5cf100a
 def extract_teacher(
     store:FeatureStore,
     teacher:Teacher, # on the device where it shall work
@@ -169,18 +165,20 @@ def _fastest_device(device=None) -> torch.device:
     try: return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error: raise InputError(f'device {device}: not on this machine ({str(error).splitlines()[0]}); choose cpu') from None
 
+# %% ../../nbs/03_features/02_extract.ipynb #e0880060
 def extract(
-    data, # data set, folder of pictures, or address of one
+    data, # data set of any layout, folder of pictures, or address of one
     teachers:list, # specifications, as `filterbank` or `timm/resnet50=weights.safetensors`
     out, # folder or address of the store, made or continued
     batch_size:int=16,
     device=None, # fastest there is if None
     flips:bool=False, # the flipped views, too
+    layout:Layout=Layout(), # of the data set
     verify:bool=True # read the maps that are there, and make damaged ones anew
 ) -> list: # a report per teacher, see `report`
     "Features of all images that `list_images` finds, into a store; a second call does what is missing. Raises `InputError`, for broken pictures at the end."
     if batch_size < 1: raise InputError(f'batch size {batch_size}: at least 1')
-    listed, device, reports = list_images(data), _fastest_device(device), []
+    listed, device, reports = list_images(data, layout), _fastest_device(device), []
     images, hashes, errors = hash_images(listed)
     if not images: tell_broken(errors, len(listed))
     for spec in teachers:

@@ -25,6 +25,7 @@ from ..teachers.registry import create_teacher
 # %% ../../nbs/03_features/01_store.ipynb #6b53fb94
 views = {'': (), 'flip-x': (-1,), 'flip-y': (-2,)} # view -> axes of (..., H, W) that are turned
 
+# %% ../../nbs/03_features/01_store.ipynb #cb9da3f4
 def view_key(
     digest:bytes, # `file_hash` of the picture
     view:str='' # one of `views`; '' is the picture itself
@@ -67,6 +68,7 @@ _remedies = {'': 'remove this file and run `polyp-difom extract` again; no map i
              'features': 'remove this file and run `polyp-difom extract` again; no map is lost',
              'index': 'it knows which map belongs to which image: put it back from a copy, or remove the store and run `polyp-difom extract` again'}
 
+# %% ../../nbs/03_features/01_store.ipynb #61692b1b
 class FeatureStore:
     "Maps of frozen teachers, found by the content of the image."
     def __init__(self,
@@ -121,6 +123,7 @@ def _open(self:FeatureStore, path:str):
         if path != 'features': found.shape # a group has none
         return found
 
+# %% ../../nbs/03_features/01_store.ipynb #7a598b90
 @patch(as_prop=True)
 def rows(self:FeatureStore) -> dict: # key -> row
     "Where the maps of an image are; see `view_key`."
@@ -129,6 +132,7 @@ def rows(self:FeatureStore) -> dict: # key -> row
         self._rows = {key.tobytes(): i for i, key in enumerate(keys) if key.any()}
     return self._rows
 
+# %% ../../nbs/03_features/01_store.ipynb #8be2c5ff
 @patch
 def __len__(self:FeatureStore): return len(self.rows)
 
@@ -137,12 +141,14 @@ def _key(teacher:str) -> str:
     "A teacher's name as the name of an array."
     return teacher.replace('/', '--')
 
+# %% ../../nbs/03_features/01_store.ipynb #fcd459dc
 @patch(as_prop=True)
 def teachers(self:FeatureStore) -> list:
     "Names of the teachers whose maps are here."
     with damage_error(f'{self.path}/features/zarr.json', _remedies['features']):
         return sorted(self.group['features'].attrs.get('teachers', [])) if 'features' in self.group else []
 
+# %% ../../nbs/03_features/01_store.ipynb #fe50b4a6
 @patch
 def array(self:FeatureStore, teacher:str): # (rows, C, h, w) float16
     "The array of one teacher. Raises `InputError` if it is not here."
@@ -167,6 +173,7 @@ def check_teacher(self:FeatureStore,
 @patch
 def _exists(self:FeatureStore, teacher:str) -> bool: return self.files.exists(f'{self.root}/features/{_key(teacher)}')
 
+# %% ../../nbs/03_features/01_store.ipynb #d407bfca
 @patch
 def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple):
     "An empty array, and with it how its maps are made."
@@ -174,6 +181,7 @@ def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple):
     array.attrs.update(provenance=provenance, checksum=True, versions=dict(polyp_difom=__version__, torch=version('torch'), timm=version('timm')))
     return array
 
+# %% ../../nbs/03_features/01_store.ipynb #3b606649
 @patch
 def add_teacher(self:FeatureStore,
     provenance:dict, # of the teacher: name, revision, size, preprocessing
@@ -196,6 +204,7 @@ def _grow_arrays(self:FeatureStore):
     for array in (self.array(teacher) for teacher in self.teachers if self._exists(teacher)):
         if array.shape[0] < length: array.resize((length, *array.shape[1:]))
 
+# %% ../../nbs/03_features/01_store.ipynb #9a0605b8
 @patch
 def add_images(self:FeatureStore,
     keys:list # of `view_key`
@@ -240,6 +249,7 @@ def _read_row(self:FeatureStore, teacher:str, row:int, image): # (C, h, w) float
     "One map by its number."
     with damage_error(f'{self.path}: the map of {teacher} for {image}', 'run `polyp-difom extract` again'): return self.array(teacher)[row]
 
+# %% ../../nbs/03_features/01_store.ipynb #1db51f3d
 @patch
 def read(self:FeatureStore,
     teacher:str, # name
@@ -266,6 +276,7 @@ def check_teachers(self:FeatureStore,
         if '=' in spec: self.check_teacher(create_teacher(spec).provenance)
     return names or self.teachers
 
+# %% ../../nbs/03_features/01_store.ipynb #03447dea
 @patch
 def check_images(self:FeatureStore,
     images:list, # paths

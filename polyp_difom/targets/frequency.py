@@ -70,6 +70,7 @@ def _fourier_low(
     mask = low_mask(*x.shape[-2:], cutoff, split).to(x.device)
     return torch.fft.irfft2(torch.fft.rfft2(x)*mask, s=x.shape[-2:])
 
+# %% ../../nbs/05_targets/01_frequency.ipynb #fb7f3244
 splits = {split: partial(_fourier_low, split=split) for split in ('hard', 'gaussian', 'butterworth')}
 splits['dct'] = _cosine_low
 

@@ -38,6 +38,7 @@ class TargetConfig:
         if not isinstance(self.projection_seed, int) or self.projection_seed < 0: raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
         object.__setattr__(self, 'teacher', (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher))
 
+# %% ../../nbs/05_targets/03_latent.ipynb #4bc9fa2d
 def _is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../../nbs/05_targets/03_latent.ipynb #54b91451
@@ -82,6 +83,7 @@ def _samples(store, teachers, images, field):
         maps = (resize(torch.from_numpy(store.read(teacher, digest)).float(), field) for teacher in teachers)
         yield torch.cat([one.flatten(1)[:, pixels] for one in maps])
 
+# %% ../../nbs/05_targets/03_latent.ipynb #b552e63e
 def fit_targets(
     store:FeatureStore,
     images:list, # paths or hashes of the training part
@@ -115,6 +117,7 @@ def _write_targets(path, store, hashes, builder, provenance):
 # %% ../../nbs/05_targets/03_latent.ipynb #76e7dd1c
 _remedy = 'remove this folder, and the next training makes it anew'
 
+# %% ../../nbs/05_targets/03_latent.ipynb #600a91aa
 class TargetStore:
     "Targets of a list of images on disk; `targets[i]` is that of the i-th."
     def __init__(self,
@@ -150,6 +153,7 @@ def _target_key(provenance, hashes, grid, channels, config) -> str:
                     standardise=config.standardise, projection=config.projection, projection_seed=config.projection_seed)
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode() + b''.join(hashes), digest_size=6).hexdigest()
 
+# %% ../../nbs/05_targets/03_latent.ipynb #0856d35d
 def _targets_folder(store) -> Path:
     "Beside the features, or in the user's cache."
     if isinstance(store.path, Path) and os.access(store.path, os.W_OK): return store.path/'targets'
@@ -169,6 +173,7 @@ def _make_targets(path, write):
     finally:
         for left in (draft, old): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../../nbs/05_targets/03_latent.ipynb #8d85c828
 def build_targets(
     store:FeatureStore,
     images:list, # paths of the training part

@@ -59,6 +59,7 @@ def _even_pair(excess, turned, i:int, j:int): # (2, 2) rotation
     tan = -low/(shared + math.copysign((shared**2 - low*high)**0.5, shared)) # high tan^2 + 2 shared tan + low = 0
     return torch.tensor([[1, tan], [-tan, 1]], dtype=torch.double)/(1 + tan**2)**0.5
 
+# %% ../../nbs/05_targets/02_projection.ipynb #6c90bffa
 def _equalising_rotation(
     covariance # (C, C), float64
 ): # (C, C) orthogonal R: R covariance R^T has a constant diagonal
@@ -83,6 +84,7 @@ def phi_s(
     "PHI standardisation: one rotation and one scale, after which every channel has variance one."
     return _equalising_rotation(covariance)/covariance.diagonal().mean().clamp(min=1e-30).sqrt()
 
+# %% ../../nbs/05_targets/02_projection.ipynb #681e0914
 standardisations = {'none': lambda covariance: torch.eye(len(covariance), dtype=covariance.dtype), 'channel': _per_channel, 'phi-s': phi_s}
 
 # %% ../../nbs/05_targets/02_projection.ipynb #8fc02efc
@@ -106,6 +108,7 @@ def _random_basis(
     q, r = torch.linalg.qr(noise)
     return (q*r.diagonal().sign()).T
 
+# %% ../../nbs/05_targets/02_projection.ipynb #133eb4cc
 projections = {'pca': lambda covariance, channels, seed: _principal_basis(covariance, channels), 'random': _random_basis,
                'none': lambda covariance, channels, seed: torch.eye(len(covariance), dtype=covariance.dtype)}
 
@@ -125,6 +128,7 @@ def _standardise(covariance, sizes, standardise:str): # (C, C)
     blocks = [rows.split(sizes, 1)[k] for k, rows in enumerate(covariance.split(sizes))]
     return torch.block_diag(*map(standardisations[standardise], blocks))
 
+# %% ../../nbs/05_targets/02_projection.ipynb #cde10369
 def fit_projection(
     mean, covariance, # (C,), (C, C) of the joined channels, float64
     sizes:list, # channels of each teacher
