@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'atomic_path', 'to_place', 'filesystem', 'read_bytes', 'bytes_hash',
-           'file_hash', 'disk_full_error', 'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options',
-           'heed_offline', 'hub_error']
+           'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error', 'memory_error',
+           'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'check_number', 'heed_offline',
+           'hub_error']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
-import ast, difflib, errno, glob, hashlib, os, re, socket, stat, tempfile, warnings
+import ast, difflib, errno, glob, hashlib, os, re, reprlib, socket, stat, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -128,6 +129,33 @@ def disk_full_error(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         raise InputError(f'{place}: no space left on the disk; {finished}') from None
 
+# %% ../nbs/00_core.ipynb #af5803f6
+@contextmanager
+def unwritable_error(
+    place # what is being written to
+):
+    "Turn 'permission denied' and 'read-only' into an `InputError`."
+    try: yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR): raise
+        raise InputError(f'{place}: cannot be written to ({error.strerror}); choose another place') from None
+
+# %% ../nbs/00_core.ipynb #b5909635
+class DamagedError(InputError):
+    "Something on disk that is not what was written."
+
+@contextmanager
+def damage_error(
+    what, # is read
+    remedy:str # what to do if it is damaged
+):
+    "Turn what a library raises for damaged or missing files into a `DamagedError`, and any other fault of reading into an `InputError`."
+    try: yield
+    except (InputError, MemoryError): raise
+    except FileNotFoundError: raise DamagedError(f'{what}: missing; {remedy}') from None
+    except OSError as error: raise InputError(f'{what}: cannot be read ({error.strerror or error})') from None
+    except Exception: raise DamagedError(f'{what}: damaged; {remedy}') from None
+
 # %% ../nbs/00_core.ipynb #e8618a3a
 @contextmanager
 def memory_error(
@@ -184,6 +212,35 @@ def read_options(
     for name in options:
         if not any(name in names for names in known): raise InputError(f'unknown option {name}; {nearest(name, set().union(*known))}')
     return tuple(kind(**{name: value for name, value in options.items() if name in names}) for kind, names in zip(kinds, known))
+
+# %% ../nbs/00_core.ipynb #9ea99d48
+def _is_plain(value, largest=65536) -> bool:
+    "Is it None, text, a number up to `largest`, or a list or dict of such?"
+    if isinstance(value, dict): return all(isinstance(key, str) for key in value) and _is_plain(list(value.values()))
+    if isinstance(value, (list, tuple)): return len(value) <= 64 and all(_is_plain(v) for v in value)
+    if isinstance(value, (int, float)): return -largest <= value <= largest # False for nan
+    return value is None or isinstance(value, str)
+
+def check_options(
+    what:str, # they are options of, as `student unet`
+    options:dict, # name -> value
+    known # names there are
+):
+    "Raises `InputError` for an option that is unknown, with the nearest names, or whose value is not plain."
+    for name, value in options.items():
+        if name not in known: raise InputError(f'{what}: unknown option {name}; {nearest(name, known) if known else "it has none"}')
+        if not _is_plain(value): raise InputError(f'{what}: option {name} takes a number up to 65536 in size, text, or a list of these')
+
+# %% ../nbs/00_core.ipynb #b9f9cf72
+def check_number(
+    what:str, # it is, as `student unet: width`
+    value, # as given
+    low, high, # bounds, inclusive; whole numbers if `low` is one
+):
+    "A number within its bounds. Raises `InputError`."
+    kind, name = (int, 'a whole number') if isinstance(low, int) else ((int, float), 'a number')
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high: return value
+    raise InputError(f'{what} is {reprlib.repr(value)}; give {name} from {low} to {high}')
 
 # %% ../nbs/00_core.ipynb #5c8575dc
 def heed_offline():

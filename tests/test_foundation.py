@@ -4,8 +4,10 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -331,7 +333,10 @@ def test_weights_that_are_not_all_there(dinov2):
     with pytest.raises(InputError, match='dinov2: not a checkpoint of transformers'): create_teacher(f'dinov2={dinov2}')
 
 @pytest.mark.parametrize('option, text', [('size=72', 'size 72 is no multiple of 14; the nearest are 70 and 84'), ('size=3', 'the nearest are 14 and 28'), ('size=large', 'give a number of pixels'),
-                                          ('colour=3', "unexpected keyword argument 'colour'"), ('colour', 'write option=value')])
+                                          ('colour=3', 'teacher dinov2: unknown option colour; known: bfloat16, mean, size'), ('colour', 'write option=value'),
+                                          ('siz=70', 'unknown option siz; nearest: size'), ('size=-70', 'give a number of pixels up to 8192'), ('size=65000', 'give a number of pixels up to 8192'),
+                                          ('size=1000000000', 'option size takes a number up to 65536'), ('bfloat16=no', 'bfloat16 is no; choose True or False'), ('families=clip', 'unknown option families'),
+                                          ('std=0', 'std is 0; give a number above 0'), ('mean=red', "mean is 'red'; give a number"), ('name=../up', 'use letters, digits')])
 def test_options(option, text, dinov2):
     with pytest.raises(InputError, match=text): create_teacher(f'dinov2={dinov2},{option}')
 
@@ -373,9 +378,40 @@ def test_a_loader_of_its_own(frames, tmp_path, monkeypatch):
     torch.testing.assert_close(maps, convolution(seen(frames, 64, NONE)))
 
 
-def test_nothing_is_imported_before_it_is_needed():
-    code = 'import sys, polyp_difom.teachers.registry, polyp_difom.teachers.pretrained as f; f.teacher_table(); print([m for m in ("transformers", "segment_anything") if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+@pytest.mark.parametrize('module', ['teachers.registry', 'students.registry'])
+def test_nothing_is_imported_before_it_is_needed(module):
+    code = f'''import sys, polyp_difom.{module}, polyp_difom.teachers.pretrained as f; f.teacher_table()
+print([m for m in ("transformers", "segment_anything", "timm", "torchvision", "segmentation_models_pytorch", "fastai", "matplotlib") if m in sys.modules])'''
+    done = subprocess.run([sys.executable, '-W', 'always', '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]' and 'polyp_difom' not in done.stderr
+
+@pytest.mark.parametrize('name', ['dinov2', 'sam'])
+def test_weights_that_are_no_numbers(name, dinov2, tmp_path):
+    "From either library; a store would keep the maps of NaNs like any other."
+    if name == 'sam': weights, file = {f'image_encoder.{key}': value for key, value in tiny_sam().image_encoder.state_dict().items()}, tmp_path/'sam.pth'
+    else: weights, file = load_file(dinov2/'model.safetensors'), dinov2
+    key = next(key for key in weights if key.endswith('norm.weight') or key.endswith('norm1.weight'))
+    weights[key][0] = float('inf')
+    if name == 'sam': torch.save(weights, file)
+    else: save_file(weights, dinov2/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(InputError, match=f'{file}: .*not finite.*{key.removeprefix("image_encoder.")}'): create_teacher(f'{name}={file}')
+
+
+@pytest.mark.parametrize('spec, text', [
+    ('filterbank,level=3', 'teacher filterbank: unknown option level; nearest: levels'), ('filterbank,levels=0', 'levels is 0; give a whole number from 1 to 8'),
+    ('filterbank,directions=9999', 'directions is 9999; give a whole number from 1 to 64'), ('filterbank,size=39', 'size 39 is too small for 4 levels; the least is 40'),
+    ('filterbank=weights.pth', 'teacher filterbank has no weights: leave =weights.pth away'),
+    ('timm/resnet18,layers=0', 'layers is 0; give a whole number'), ('timm/resnet18,size=-1', 'size is -1'), ('timm/resnet18,act_laye=relu', 'unknown option act_laye; nearest: act_layer'),
+    *((f'timm/resnet18,{option}=x', f'unknown option {option}') for option in ('checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'features_only'))])
+def test_options_of_the_other_teachers(spec, text, monkeypatch):
+    monkeypatch.setattr('polyp_difom.teachers.timm._create', lambda *_: SimpleNamespace(pretrained_cfg=dict(mean=0., std=1., input_size=(3, 224, 224)), state_dict=dict, prune_intermediate_layers=list))
+    with pytest.raises(InputError, match=text): create_teacher(spec)
+
+def test_a_timm_transformer_sees_another_size(tmp_path, frames):
+    save_file(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path/'vit.safetensors')
+    teacher = create_teacher(f'timm/vit_tiny_patch16_224={tmp_path}/vit.safetensors,size=64')
+    assert teacher(frames).shape == (2, 2*192, 4, 4)
+    assert teacher.provenance['revision'] == create_teacher(f'timm/vit_tiny_patch16_224={tmp_path}/vit.safetensors').provenance['revision']
 
 def test_the_table_lists_what_there_is(polyp_difom):
     names = {row['name'].replace('…', '') for row in teacher_table()}
@@ -440,6 +476,7 @@ def test_the_table_is_true(row, monkeypatch):
     for module in ('tokens', 'pixel_decoders', 'sam'): monkeypatch.setattr(f'polyp_difom.teachers.{module}.load_pretrained', load)
     monkeypatch.setattr('polyp_difom.teachers.pretrained.normalisation', lambda name, checkpoint, standard: standard)
     monkeypatch.setattr('polyp_difom.teachers.pretrained._origin', str)
+    monkeypatch.setattr('polyp_difom.teachers.registry._check_finite', lambda *_: None) # some tensors are made of memory as it was found
     with torch.device('meta'):
         teacher = create_teacher(row['name'])
         if row['name'].endswith('former'): shape = 1, teacher.model.decoder.mask_projection.in_channels, *[row['size']//8]*2 # deformable attention does not run on this device

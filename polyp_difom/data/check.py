@@ -32,14 +32,17 @@ class Problem:
 
 # %% ../../nbs/01_data/02_check.ipynb #163bcb96
 class DataReport(list):
-    "A list of `Problem`, errors first; `summary` has the numbers of each part, `areas` the polyp areas behind them."
+    "A list of `Problem`, errors first, and the polyp areas of each part."
     def __init__(self,
         problems=(), # of `Problem`
-        summary=None, # part -> dict of numbers
         areas=None # part -> (n,) polyp area in percent of the frame, 0 where there is none
     ):
         super().__init__(sorted(problems, key=lambda problem: problem.severity != 'error'))
-        self.summary, self.areas = summary or {}, areas or {}
+        self.areas = areas or {}
+
+    @property
+    def summary(self) -> dict: # part -> dict of numbers
+        return {part: _summarise(areas) for part, areas in self.areas.items()}
 
     @property
     def errors(self) -> list: return [problem for problem in self if problem.severity == 'error']
@@ -225,4 +228,4 @@ def check(
     in_train, in_tests = ({path: one for name in part for path, one in seen[name].items()} for part in (train, tests))
     problems += _find_duplicates(in_train, in_tests) + _find_near_duplicates(in_train, in_tests)
     for name, folder in tests.items(): problems += _find_sequences(in_train, folder, seen[name])
-    return DataReport(problems, {name: _summarise(part) for name, part in areas.items()}, areas)
+    return DataReport(problems, areas)
