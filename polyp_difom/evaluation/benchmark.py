@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
 from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
+from ..data.loaders import fingerprint
 from ..model.model import PolypDiFoM, predict
 from ..deploy.predictor import read_run
 from ..show.figures import show_extremes
@@ -150,7 +151,7 @@ def evaluate(
     report, beside, written = _describe(run, data, layout, settings) | dict(sets={}), published(settings['student'], settings['distilled']), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
-        report['sets'][name] = summary | dict(published=beside.get(name, {}))
+        report['sets'][name] = summary | dict(fingerprint=fingerprint(pairs), published=beside.get(name, {}))
         written |= files
     report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
     texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}

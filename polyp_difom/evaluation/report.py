@@ -69,7 +69,7 @@ def report_note(
 ) -> str:
     "One line on what a report's numbers are."
     sets = report['sets'].values()
-    length = f'{report["epochs"]} epochs' if report['epochs'] else 'published weights'
+    length = f'{report["epochs"]} epoch{"s"*(report["epochs"] > 1)}' if report['epochs'] else 'published weights'
     parts = [report['student'], 'distilled' if report['distilled'] else 'undistilled', f'{report["size"]} px', length]
     if any(scores['published'] for scores in sets): parts.append('ours/published (paper: 352 px, 120 epochs)')
     empty = sum(scores['empty'] for scores in sets)
