@@ -90,7 +90,8 @@ class Distillation(TrainColumns):
 
     def before_train(self): self.batches = []
     def before_batch(self):
-        if self.yb: mask, *self.target = self.yb; self.learn.yb = (mask,)
+        mask, *target = self.yb or (None,)
+        if target: self.target, self.learn.yb = target, (mask,)
 
     def after_loss(self):
         if not self.training: return

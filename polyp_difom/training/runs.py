@@ -6,14 +6,14 @@
 __all__ = ['Checkpoint', 'ConsoleProgress', 'read_log', 'draw_log', 'summary_lines', 'train', 'resume']
 
 # %% ../../nbs/07_training/04_runs.ipynb #e4196927
-import json, math, platform, re, shlex, sys, time
+import json, platform, re, shlex, sys, time
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, disk_full_error, file_hash, printable, read_options, to_place
+from ..core import InputError, atomic_path, check_number, disk_full_error, printable, read_options, to_place
 
 import pandas as pd
 import torch
@@ -132,9 +132,11 @@ def _settings(learn, student, layout, target_config, config) -> dict:
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
     loss = config.loss or getattr(network, 'loss', 'bce-dice')
     resolved = replace(config, loss=loss, precision=learn.model.precision)
-    teachers = {made['teacher']: made for made in datasets[0].targets.settings['provenance']} if learn.model.distilled else {}
     return dict(student=name, options=options, distilled=learn.model.distilled, **{key: _name(value) for key, value in vars(resolved).items()},
-                layout=asdict(layout), targets=asdict(target_config), teachers=teachers, images=[len(part) for part in datasets])
+                layout=asdict(layout), targets=asdict(target_config), teachers=_teachers(learn), images=[len(part) for part in datasets])
+
+def _teachers(learn) -> dict: # name -> how its features were made
+    return {made['teacher']: made for made in learn.dls.train.dataset.targets.settings['provenance']} if learn.model.distilled else {}
 
 def _fingerprints(learn) -> dict:
     "What the data of a run are known by."
@@ -237,7 +239,12 @@ def _tensorboard(out:Path) -> Callback:
     "fastai's callback for TensorBoard. Raises `InputError` if that is not installed."
     try: from fastai.callback.tensorboard import TensorBoardCallback
     except ImportError: raise InputError('tensorboard is not installed; install it (uv pip install tensorboard), or leave --tensorboard out') from None
-    return TensorBoardCallback(Path(out)/'tensorboard', trace_model=False, log_preds=False)
+    class Board(TensorBoardCallback): # fastai's asks Adam for numbers that it does not have, and begins to count anew in a resumed run
+        def before_train(self): self.learn.train_iter = self.epoch*len(self.dls.train)
+        def after_batch(self):
+            told = dict(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr']) if self.training else {}
+            for name, value in told.items(): self.writer.add_scalar(name, value, self.train_iter)
+    return Board(Path(out)/'tensorboard', trace_model=False, log_preds=False)
 
 def _fit(learn, out:Path, config:TrainConfig, rows:list, cbs:list):
     "Fit from the first epoch that is not in `rows`."
@@ -270,6 +277,9 @@ class _StudentOptions:
     "Two options of a student that have a name of their own; the others follow the student's name."
     width:int=None
     pretrained:object=True
+
+    def __post_init__(self):
+        if self.width is not None: check_number('width', self.width, 1, 4096)
 
     def given(self) -> dict: # for `create_student`
         return {key: value for key, value in (('width', self.width), ('pretrained', self.pretrained)) if value is not None and value is not True}
@@ -349,10 +359,18 @@ def _own_student(settings:dict, student, run):
     if name in list_students() or str(name).startswith('smp/'): return name
     raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
 
-def _same(kept, now, what:str, run):
+def _differences(held, now, name=''):
+    "What differs between two nested dicts, leaf by leaf."
+    if isinstance(held, dict) and isinstance(now, dict):
+        for key in held | now: yield from _differences(held.get(key), now.get(key), f'{name} {key}'.strip())
+    elif held != now: yield f'{name} {held} then, {now} now'
+
+def _check_same(held:dict, learn, run, data, features):
     "Raise `InputError` if data or features are not those that the run began with."
-    other = [name for name in kept if kept[name] != now.get(name)]
-    if other: raise InputError(f'{run}: cannot be resumed with other {" and ".join(other)} than it began with ({what})')
+    now = _fingerprints(learn)
+    other = [name for name, kept in held['fingerprints'].items() if kept != now.get(name)]
+    other += _differences(dict(teachers=held['settings'].get('teachers')), json.loads(json.dumps(dict(teachers=_teachers(learn)))))
+    if other: raise InputError(f'{run}: cannot be resumed with other data than it began with ({data}{f", {features}" if features else ""}): {"; ".join(other)}')
 
 def resume(
     run, # folder of a run
@@ -369,6 +387,7 @@ def resume(
     held = _read_config(run)
     settings, last = held['settings'], run/'last.safetensors'
     layout, target_config, config = _held_configs(settings, dict(loss=loss, distance=distance), run)
+    target_config = replace(target_config, teacher=target_config.teacher or tuple(settings['teachers'])) # the store may hold more of them by now
     data, features, place = data or held['data'], (features or held['features']) if settings['distilled'] else None, find_device(device)
     tensors, kept = read_tensors(last) if last.exists() else ({}, dict(rows=[]))
     if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'], run)
@@ -376,7 +395,7 @@ def resume(
     model = _make_model(_own_student(settings, student, run), options, settings['distilled'], config, place)
     if student is None: model.student.config = dict(name=settings['student'], options=settings['options'])
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
-    _same(held['fingerprints'], _fingerprints(learn), f'{data}' + (f', {features}' if features else ''), run)
+    _check_same(held, learn, run, data, features)
     if tensors: load_learner_tensors(learn, tensors, last)
     if len(kept['rows']) == sum(config.epochs): return run
     board = [_tensorboard(run)] if tensorboard else []
