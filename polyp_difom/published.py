@@ -9,17 +9,14 @@ __all__ = ['published_networks', 'square_window_low', 'TrainableFusion', 'RawMap
 
 # %% ../nbs/11_published.ipynb #ad652a5a
 import json, re
-from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import __version__
-from .core import InputError, atomic_path, disk_full_error, file_hash, name_some, nearest, printable
+from .core import InputError, atomic_path, disk_full_error, name_some, nearest
 from .weights import read_weights
 from .features.store import FeatureStore
 from .students.blocks import Student
@@ -84,6 +81,20 @@ class RawMaps:
         maps = [torch.from_numpy(self.store.read(teacher, self.images[i])).float() for teacher in self.store.teachers]
         return torch.cat([resize(m, self.grid) for m in maps])
 
+# %% ../nbs/11_published.ipynb #91a0d4c5
+class TrainableFusion(nn.Conv2d):
+    "The fusion of the Polyp-DiFoM authors' notebook: 1x1 convolution, ReLU, 64x64, square window. Its weights are free to make the target zero."
+    def __init__(self,
+        n_in:int, # channels of all teachers
+        channels:int=256 # of the target, and of each latent
+    ): super().__init__(n_in, channels, 1)
+
+    def forward(self,
+        raw # (B, n_in, h, w) float32
+    ): # (B, 2, channels, 64, 64): LFC and HFC
+        fused = F.relu(resize(super().forward(raw), (64, 64)))
+        return torch.stack(split_frequency(fused, split='square'), 1)
+
 # %% ../nbs/11_published.ipynb #cfcdd14e
 class PublishedDistillation(Distillation):
     "Distillation as in the authors' notebook: `model.teacher_fusion`, a `TrainableFusion`, makes the targets of a batch from `RawMaps`, and learns."
@@ -129,6 +140,9 @@ def published_outputs(
         return [network.decode(features), *network.distillation_losses(features[-1], _noise_maps(x, network.teacher_channels))]
     outputs = network(x)
     return outputs if isinstance(outputs, list) else [outputs]
+
+# %% ../nbs/11_published.ipynb #94f9ba21
+splits['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
 
 # %% ../nbs/11_published.ipynb #c335a115
 class PublishedNetwork(NamedTuple):

@@ -7,7 +7,7 @@ __all__ = ['PolypDiFoM', 'amp_dtype', 'find_device', 'create_model', 'save_model
            'predict_logits', 'predict']
 
 # %% ../../nbs/06_model/02_model.ipynb #b7404f82
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..core import InputError
 from ..weights import read_tensors, save_tensors
 from ..students.blocks import Student, crop, eval_mode, measure_maps, pad_to_multiple
 from ..students.registry import create_student
+from .config import check_config, make_fitting
 from .latents import FoundationalFusion, LatentHeads
 
 # %% ../../nbs/06_model/02_model.ipynb #6ac0a4c2
@@ -115,7 +116,8 @@ def load_model(
     path = Path(path)
     if path.is_dir(): path = path/'best.safetensors'
     tensors, config = read_tensors(path)
-    model = create_model(config, student)
+    make = partial(create_model, check_config(config, path), student)
+    model = make() if student is not None else make_fitting(make, tensors, path)
     try: model.load_state_dict(tensors)
     except RuntimeError as error: raise InputError(f'{path}: does not fit the network it names ({str(error).splitlines()[1].strip()[:80]})') from None
     return model.eval()
