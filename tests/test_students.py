@@ -4,15 +4,22 @@ import copy
 import pytest
 import torch
 from fastai.callback.core import Callback
-from polyp_difom.features.store import teachers
+import json
+
+from polyp_difom import core
 from polyp_difom.core import InputError
-from polyp_difom.data.images import list_pairs, train_folder
-from polyp_difom.training.losses import latent_loss, output_loss
+from polyp_difom.data.images import train_pairs
+from polyp_difom.data.loaders import PolypDataset, polyp_dataloaders
+from polyp_difom.features.store import FeatureStore
+from polyp_difom.targets.latent import build_targets
+from polyp_difom.training.losses import latent_loss, output_loss, segmentation_loss
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.students.registry import create_student
 from polyp_difom.students import blocks
 from polyp_difom.students.blocks import encoder_modules, student_registry, timm_encoder
-from polyp_difom.training.learner import make_learner
+from polyp_difom.training.callbacks import Distillation
+from polyp_difom.training.learner import difom_learner
+from polyp_difom.training.runs import train
 
 SMALL = {'unet': dict(width=4), 'unetpp': dict(width=4), 'pranet': dict(width=8), 'emcadnet': dict(backbone='pvt_v2_b0'),
          'smp/DPT-tu-vit_tiny_patch16_224': dict(decoder_intermediate_channels=(16, 32, 64, 64), decoder_fusion_channels=16)}
@@ -60,9 +67,11 @@ def test_three_phases_freeze_the_encoder_and_nothing_else(name, data, features):
     class Watch(Callback):
         order = 98
         def after_train(self): states.append({k: v.clone() for k, v in self.model.student.state_dict().items()})
-    pairs = list_pairs(train_folder(data))
-    learn = make_learner(PolypDiFoM(student), pairs[:6], pairs[6:8], features, size=64, epochs=(1, 1, 1), batch_size=3, device='cpu', scales=(1.,), cbs=[Watch()])
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3)
+    pairs, model = train_pairs(data), PolypDiFoM(student)
+    targets = build_targets(FeatureStore(features), [pair.image for pair in pairs[:6]], model.latent_grid(64), model.latents.channels)
+    dls = polyp_dataloaders(PolypDataset(pairs[:6], 64, targets), PolypDataset(pairs[6:8], 64), 3, (1.,), torch.device('cpu'))
+    learn = difom_learner(dls, model, distill=Distillation(), cbs=[Watch()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_phases((1, 1, 1), 1e-3)
     inside = {id(t) for module in encoder_modules(student) for t in [*module.parameters(), *module.buffers()]}
     encoder = {name for name, t in student.state_dict(keep_vars=True).items() if id(t) in inside}
     moved = lambda a, b: {name for name in a if not torch.equal(a[name], b[name])}
@@ -71,10 +80,11 @@ def test_three_phases_freeze_the_encoder_and_nothing_else(name, data, features):
     assert all(p.requires_grad for p in student.parameters()), 'thawed when the run is over'
 
 
-def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, fails, tmp_path):
+def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, tmp_path):
     def offline(*args, pretrained=False, **options): raise OSError('cannot find\nthe files in the local cache')
     monkeypatch.setattr(blocks.timm, 'create_model', offline)
-    line = fails('train', data, '--student', 'pranet', '--out', tmp_path/'run')
+    with pytest.raises(InputError) as told: train(data, tmp_path/'run', 'pranet')
+    line = str(told.value)
     assert 'res2net50d' in line and '--backbone-weights FILE' in line and '--no-pretrained' in line
     assert not (tmp_path/'run').exists()
 
@@ -83,28 +93,34 @@ def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, fail
 def test_a_machine_without_a_network_does_not_wait_for_one(monkeypatch, resolves, proxies, offline):
     def getaddrinfo(*args):
         if not resolves: raise OSError('Name or service not known')
-    monkeypatch.setattr(teachers.constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(teachers.socket, 'getaddrinfo', getaddrinfo)
-    monkeypatch.setattr(teachers, 'getproxies', lambda: proxies)
-    teachers.heed_offline()
-    assert teachers.constants.HF_HUB_OFFLINE == offline
+    monkeypatch.setattr(core.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(core.socket, 'getaddrinfo', getaddrinfo)
+    monkeypatch.setattr(core, 'getproxies', lambda: proxies)
+    core.heed_offline()
+    assert core.constants.HF_HUB_OFFLINE == offline
 
 
-def test_backbone_weights_of_a_file(tmp_path, data, polyp_difom, fails):
+def test_backbone_weights_of_a_file(tmp_path, data):
     weights = timm_encoder('pvt_v2_b2', False).state_dict()
     torch.save({k.replace('stages_', 'stages.'): v for k, v in weights.items()}, tmp_path/'pvt.pth')
     loaded = create_student('emcadnet', pretrained=tmp_path/'pvt.pth')
     assert all(torch.equal(a, b) for a, b in zip(loaded.encoder.state_dict().values(), weights.values()))
     assert loaded.config['options'] == dict(pretrained=str(tmp_path/'pvt.pth'))
-    assert 'not backbone weights of res2net50d' in fails('train', data, '--student', 'pranet', '--backbone-weights', tmp_path/'pvt.pth', '--out', tmp_path/'run')
+    with pytest.raises(InputError, match='not backbone weights of res2net50d'): train(data, tmp_path/'run', 'pranet', pretrained=tmp_path/'pvt.pth')
 
 
-def test_mutation_and_losses_reach_training(data, tmp_path, fails, polyp_difom):
-    common = ['--student', 'unetpp', '--width', '2', '--size', '32', '--epochs', '1', '0', '0', '--device', 'cpu']
-    result = polyp_difom('train', data, *common, '--loss', 'structure-weighted', '--mutation', '--out', tmp_path/'run')
-    assert result.returncode == 0, result.err
-    assert '"name": "structure-weighted"' in (tmp_path/'run'/'config.json').read_text()
-    assert 'choose bce-dice' in fails('train', data, *common, '--loss', 'focal', '--out', tmp_path/'other')
+@pytest.mark.parametrize('mutation, calls', [(False, 4), (True, 15)])
+def test_mutation_and_losses_reach_training(mutation, calls, data, tmp_path):
+    "A student of four outputs: a loss for each of them, or for each of their 15 subsets."
+    trained = []
+    def loss(logits, mask): trained.append(logits.requires_grad); return segmentation_loss(logits, mask)
+    options = dict(size=32, epochs=(1, 0, 0), batch_size=16, valid=0.2, device='cpu')
+    run = train(data, tmp_path/'own', 'unetpp,deep_supervision=True', width=2, loss=loss, mutation=mutation, **options)
+    assert sum(trained) == calls
+    run = train(data, tmp_path/'run', 'unetpp,deep_supervision=True', width=2, loss='structure-weighted', mutation=mutation, **options)
+    settings = json.loads((run/'config.json').read_text())['settings']
+    assert (settings['loss'], settings['mutation']) == ('structure-weighted', mutation)
+    with pytest.raises(InputError, match='choose bce-dice'): train(data, tmp_path/'other', 'unetpp', loss='focal', **options)
 
 
 def test_a_network_without_encode_is_refused():

@@ -79,14 +79,18 @@ class ConsoleProgress(Callback):
 # %% ../../nbs/07_training/04_runs.ipynb #f1e8a319
 _LARGEST = 1_000_000_000 # parameters; the largest student here has 31 million
 
+def _count_params(student:str, options:dict) -> int:
+    "Parameters of a student that is made without memory; 0 if it cannot be made so."
+    try:
+        with torch.device('meta'): return sum(p.numel() for p in create_student(student, **(options | dict(pretrained=False))).parameters())
+    except Exception: return 0 # what is wrong shows when it is made
+
 def _make_network(student, options:dict):
     "A student by name, or the network of one's own as it is. Raises `InputError` for options it cannot be made with."
     if not isinstance(student, str): return student
-    try:
-        with suppress(RuntimeError, NotImplementedError), torch.device('meta'):
-            n = sum(p.numel() for p in create_student(student, **(options | dict(pretrained=False))).parameters())
-            if n > _LARGEST: raise InputError(f'student {student} would have {n/1e9:.3g} billion parameters; choose smaller options')
-        return create_student(student, **options)
+    n = _count_params(student, options)
+    if n > _LARGEST: raise InputError(f'student {student}: would have {n/1e9:.3g} billion parameters; choose smaller options')
+    try: return create_student(student, **options)
     except InputError: raise
     except Exception as error: raise InputError(f'student {student}: cannot be made with {options} ({printable(error)[:100]})') from None
 
