@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..core import InputError, atomic_path, disk_full_error
+from ..data.images import list_images
 from ..data.synthetic import synthetic_frame
 from .predictor import Predictor, read_run, to_picture
 from ..model.model import PolypDiFoM, to_map
@@ -111,6 +112,16 @@ def _drawn_frames(
     sizes = ((size//2, size*2//3), (size, size), (size*3//2, size*2), (size*2, size*3//2))
     return [to_picture(synthetic_frame(seed, (max(height, 32), max(width, 32)))[0]) for seed, (height, width) in enumerate(sizes)]
 
+def _find_frames(
+    images, # a folder, a file, or a list of what `Predictor` takes
+    size:int # what the network was trained at, in pixels
+) -> list: # of what `Predictor` takes, 32 of a folder at most
+    "The frames to compare on: of a folder a few, spread evenly; drawn ones if there are none."
+    if not isinstance(images, (str, os.PathLike)): return list(images) or _drawn_frames(size)
+    if not os.path.isdir(images): return [images]
+    found = list_images(images)
+    return found[::-(-len(found)//32)]
+
 # %% ../../nbs/08_deploy/02_export.ipynb #a4e297da
 def _open_session(file):
     "onnxruntime on the CPU, with as many threads as PyTorch, and silent."
@@ -123,7 +134,7 @@ def compare_onnx(
     file, # as `export_onnx` writes it
     predictor:Predictor, # of the same run
     images # paths, arrays or pictures, as `Predictor` takes them
-) -> dict: # frames, difference: largest of the probabilities, dice: of both masks at 0.5, over all frames
+) -> dict: # images: how many, max_difference: of the probabilities, dice: of both masks at 0.5, over all images
     "How far the maps of a file are from the predictor's."
     session, difference, both, either = _open_session(file), 0., 0, 0
     for picture in map(to_picture, images):
@@ -132,13 +143,13 @@ def compare_onnx(
         if theirs.shape != ours.shape: raise InputError(f'{file}: a map of {theirs.shape} for a frame of {ours.shape}')
         difference = max(difference, float(np.abs(theirs - ours).max()))
         both, either = both + ((theirs >= 0.5) & (ours >= 0.5)).sum(), either + (theirs >= 0.5).sum() + (ours >= 0.5).sum()
-    return dict(frames=len(images), difference=difference, dice=float(2*both/either) if either else 1.)
+    return dict(images=len(images), max_difference=difference, dice=float(2*both/either) if either else 1.)
 
 # %% ../../nbs/08_deploy/02_export.ipynb #123f4d5d
 def _check_equal(report:dict, tolerance:float, file):
     "Raise `InputError` if the maps, or the masks, are not the predictor's."
-    if report['difference'] < tolerance and report['dice'] >= 1 - 1e-3: return
-    raise InputError(f'{file}: not written, the exported network differs from PyTorch: probability by {report["difference"]:.2g} (tolerance {tolerance:g}), '
+    if report['max_difference'] < tolerance and report['dice'] >= 1 - 1e-3: return
+    raise InputError(f'{file}: not written, the exported network differs from PyTorch: probability by {report["max_difference"]:.2g} (tolerance {tolerance:g}), '
                      f'Dice of both masks {report["dice"]:.4f} (at least 0.999)')
 
 def _check_request(file:Path, tolerance:float, overwrite:bool):
@@ -153,7 +164,7 @@ def _check_request(file:Path, tolerance:float, overwrite:bool):
 def export_onnx(
     run, # folder made by `train` or `import_published`
     file, # `….onnx`, appears whole or not at all
-    images=(), # frames to check it on, as `Predictor` takes them; drawn ones if there are none
+    images=(), # frames to check it on: a folder, a file, or a list of what `Predictor` takes; drawn ones if there are none
     tolerance:float=1e-3, # the largest difference of a probability
     student=None, # for a network that is not in the registry
     overwrite:bool=False # replace the file
@@ -168,6 +179,6 @@ def export_onnx(
     with disk_full_error(file.parent), atomic_path(file) as temporary:
         temporary.write_bytes(graph.SerializeToString())
         onnx.checker.check_model(os.fspath(temporary), full_check=True)
-        report = compare_onnx(temporary, Predictor(model, settings['size']), list(images) or _drawn_frames(settings['size']))
+        report = compare_onnx(temporary, Predictor(model, settings['size']), _find_frames(images, settings['size']))
         _check_equal(report, tolerance, file)
     return dict(file=str(file), megabytes=file.stat().st_size/1e6) | report

@@ -28,7 +28,8 @@ _settings = dict(student=of_type('a name', str), options=of_type('names and valu
 
 def _read_settings(config:Path) -> dict:
     "The settings in a run's `config.json`. Raises `InputError` that names file and key."
-    try: record = json.loads(read_bytes(config))
+    content = read_bytes(config)
+    try: record = json.loads(content)
     except (ValueError, RecursionError): raise InputError(f'{config}: not readable as JSON; the run is damaged') from None
     check_fields(record, dict(settings=of_type('names and values', dict)), config)
     check_fields(record['settings'], _settings, f'{config}: settings')
