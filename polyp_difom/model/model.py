@@ -83,10 +83,11 @@ def find_device(
     device=None # name as `cuda:1`, or a `torch.device`; the fastest there is if None
 ) -> torch.device:
     "A device that is there. Raises `InputError` for one that is not."
+    fastest = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        device = torch.device(device if device is not None else torch.accelerator.current_accelerator() or 'cpu' if hasattr(torch, 'accelerator') else 'cpu')
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        device = torch.device(fastest if device is None else device)
+        torch.zeros(1, device=device).item() # not on `meta`
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
         there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
         raise InputError(f'device {device}: not on this machine; choose {", ".join(there)}') from None
     return device
