@@ -21,7 +21,7 @@ from .core import InputError, printable
 # %% ../nbs/13_cli.ipynb #feaae28c
 app = typer.Typer(help='Distil vision foundation models into small, fast polyp segmenters.', no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode='rich')
-_console, _errors = Console(), Console(stderr=True)
+_console, _errors = Console(force_jupyter=False), Console(stderr=True, force_jupyter=False)
 
 def _say(text:str, console=_console):
     "A line as it is, however long."
@@ -85,15 +85,33 @@ def _check(data:DataFolder, images:ImagesOption=None, masks:MasksOption=None, ma
     "List every problem of a data set, and what is in it: polyp sizes, frames without polyp, doubles across train and test."
     from polyp_difom.data.check import check
     report = check(data, _layout(images, masks, mask_suffix, mask_above))
-    for problem in report: _say(f'{problem.severity}: {problem}')
-    n_errors = sum(p.severity == 'error' for p in report)
-    if n_errors: raise InputError(f'{data}: {n_errors} problems to mend, {len(list(report)) - n_errors} notes')
-    _say(f'{data}: no problems, {len(list(report))} notes')
+    _print_report(report)
+    if report.errors: raise InputError(f'{data}: {len(report.errors)} problems to mend, {len(report) - len(report.errors)} notes')
+    _say(f'{data}: no problems, {len(report)} notes')
+
+def _print_report(report):
+    "Problems, a line each or a line for many alike; then the parts of a data set in numbers."
+    for line in report.lines(): _say(line)
+    rows = [[part, *(f'{value:.3g}' if isinstance(value, float) else str(value) for value in numbers.values())] for part, numbers in report.summary.items()]
+    if rows: _print_table([['part', *next(iter(report.summary.values()))], *rows])
 
 # %% ../nbs/13_cli.ipynb #86645396
 @app.command('convert')
-def _convert():
-    "Placeholder."
+def _convert(
+    source:Annotated[Path, typer.Argument(help='COCO JSON file or a folder with one (polygons or RLE), or a folder of images and masks in another layout.')],
+    out:Annotated[Path, typer.Option(help='Folder of the new data set.')],
+    test:Annotated[Optional[str], typer.Option(help='What becomes a test set: a share, as 0.2, or a file of image names, one a line.')]=None,
+    seed:Annotated[int, typer.Option(help='Of the share.', min=0)]=0,
+    test_name:Annotated[Optional[str], typer.Option(help='Name of the test set; that of SOURCE by default.')]=None,
+    categories:Annotated[Optional[List[str]], typer.Option(help='What COCO calls a polyp. May be given several times.')]=None,
+    images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None, mask_above:AboveOption=128,
+):
+    "Make a data set in the benchmark's layout out of another one; nothing of the source changes."
+    from polyp_difom.data.convert import convert
+    share = None if test is None else float(test) if test.replace('.', '', 1).isdigit() else test
+    report = convert(source, out, share, seed, test_name, categories or (), _layout(images, masks, mask_suffix, mask_above))
+    _print_report(report)
+    _say(f'{out}: {sum(map(len, report.areas.values()))} pairs; look at them with: polyp-difom check {out}')
 
 # %% ../nbs/13_cli.ipynb #c66eda4a
 @app.command('teachers')
@@ -120,6 +138,7 @@ def _extract(
     out:Annotated[str, typer.Option(help='Folder or address of the feature store; an existing one is completed.')],
     batch_size:Annotated[int, typer.Option(help='Images the teacher sees at once.', min=1)]=16,
     views:Annotated[Optional[str], typer.Option(help='flips: features of the flipped images, too.')]=None,
+    verify:Annotated[Optional[bool], typer.Option(help='Read the maps that are there and make damaged ones anew; by default with --engine local only.')]=None,
     engine:Annotated[str, typer.Option(help='local, or ray: on the Ray cluster of RAY_ADDRESS, or a new one on this machine.')]='local',
     workers:Annotated[Optional[int], typer.Option(help='With --engine ray, how many; one for each GPU, or CPU, by default.', min=1)]=None,
     device:Annotated[Optional[str], typer.Option(help='With --engine local: cuda, cpu …; the fastest there is by default.')]=None,
@@ -127,13 +146,13 @@ def _extract(
 ):
     "Run frozen teachers over images, once. Interrupted, the same command does what is missing."
     _check_engine(engine, views, device, workers)
-    layout = _layout(images, masks, mask_suffix, 128)
+    options = dict(flips=bool(views), layout=_layout(images, masks, mask_suffix, 128), **({} if verify is None else dict(verify=verify)))
     if engine == 'ray':
         from polyp_difom.features.cluster import extract_on_cluster
-        reports = extract_on_cluster(data, teacher, out, batch_size, workers, flips=bool(views), layout=layout)
+        reports = extract_on_cluster(data, teacher, out, batch_size, workers, **options)
     else:
         from polyp_difom.features.extract import extract
-        reports = extract(data, teacher, out, batch_size, device, flips=bool(views), layout=layout)
+        reports = extract(data, teacher, out, batch_size, device, **options)
     for report in reports:
         rate = f'{report["images_per_s"]} images/s' if report['images'] else 'nothing to do'
         _say(f'{report["teacher"]}: {report["images"]} images in {report["seconds"]} s, {rate}')
@@ -180,8 +199,8 @@ def _train(
     "Train a student in three phases, or undistilled. The best epoch is chosen on a validation part, never on a test set."
     given = _given(context)
     if given.get('split') == 'square': import polyp_difom.published # knows the authors' window
-    from polyp_difom.training.runs import run_summary
-    _say(run_summary(_resume(given) if resume else _train_new(given)))
+    from polyp_difom.training.runs import summary_lines
+    for line in summary_lines(_resume(given) if resume else _train_new(given)): _say(line)
 
 # %% ../nbs/13_cli.ipynb #875c7cf1
 def _given(context:typer.Context) -> dict:
@@ -200,7 +219,7 @@ def _train_new(given:dict):
 def _resume(given:dict):
     "The rest of a run, or more of it."
     from polyp_difom.training.runs import resume
-    allowed = ('resume', 'epochs', 'device', 'data', 'features')
+    allowed = ('resume', 'epochs', 'device', 'data', 'features', 'tensorboard')
     if other := [name for name in given if name not in allowed]:
         raise typer.BadParameter(f'--{other[0].replace("_", "-")} does not go with --resume: the run keeps its settings; only --epochs, --device, DATA and --features may change')
     return resume(given.pop('resume'), **given)

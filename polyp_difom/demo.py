@@ -10,21 +10,24 @@ import shutil, time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import torch
 
 from .core import InputError, atomic_path
-from .data.images import read_image, train_pairs
+from .data.images import read_image, read_mask, test_sets, train_pairs
 from .data.synthetic import make_synthetic
+from .teachers.registry import create_teacher
 from .features.store import FeatureStore
 from .features.extract import extract
 from .training.runs import train
-from .deploy.predictor import predict_files
-from .show.figures import show_log, show_pairs, show_split
+from .deploy.predictor import load_predictor, predict_files
+from .show.figures import show_road, show_log, show_pairs, show_split
 from .evaluation.report import report_markdown
 from .evaluation.benchmark import evaluate
 
 # %% ../nbs/12_demo.ipynb #86286f96
-_made = ('data', 'features', 'distilled', 'undistilled', 'masks', 'frames.png', 'frequencies.png', 'losses.png', 'report.md')
+_made = ('data', 'features', 'distilled', 'undistilled', 'masks', 'road.png', 'frames.png', 'frequencies.png', 'losses.png', 'report.md')
 
 def _make_room(out:Path):
     "Take an earlier demo out of a folder. Raises `InputError` if the folder is something else's."
@@ -52,9 +55,18 @@ def _figures(out, data, store, runs):
     "The pictures of the demo's report."
     pairs = train_pairs(data)
     maps = torch.from_numpy(store.read('filterbank', pairs[0].image)).float()
+    yield 'road.png', _road(data, runs['distilled'])
     yield 'frames.png', show_pairs(pairs[:8])
     yield 'frequencies.png', show_split(read_image(pairs[0].image), maps)
     yield 'losses.png', show_log(runs)
+
+def _road(data, run):
+    "The test frame of median Dice, from the frame to its prediction."
+    scores = pd.read_csv(run/'evaluation/Synthetic.csv').sort_values('Dice_05')
+    pair = {pair.image.name: pair for pair in test_sets(data)['Synthetic']}[scores.image.iloc[len(scores)//2]]
+    image = read_image(pair.image)
+    maps = create_teacher('filterbank')(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]/255)[0]
+    return show_road(image, maps, load_predictor(run)(image), read_mask(pair.mask))
 
 # %% ../nbs/12_demo.ipynb #086b984f
 def demo(
@@ -83,7 +95,7 @@ def demo(
 def _write_report(path, reports, seconds):
     "The demo's findings as Markdown."
     tables = '\n'.join(report_markdown(report) for report in reports.values())
-    pictures = '\n'.join(f'![{name}]({name}.png)\n' for name in ('frames', 'frequencies', 'losses', 'distilled/evaluation/Synthetic'))
+    pictures = '\n'.join(f'![{name}]({name}.png)\n' for name in ('road', 'frames', 'frequencies', 'losses', 'distilled/evaluation/Synthetic'))
     with atomic_path(path) as temporary:
         temporary.write_text(f'# Demo of polyp_difom\n\nSynthetic frames, filter-bank teacher, {seconds:.0f} s. '
                              f'Nothing here says anything about real polyps.\n\n{tables}\n{pictures}{_next}')
