@@ -145,6 +145,14 @@ def test_jpeg_masks(quality, mask, tmp_path):
     assert (read_mask(tmp_path/'s.png') != mask).mean() < 1e-2
 
 
+def test_flat_noise_on_both_sides_is_no_class(mask, tmp_path):
+    values = np.kron(mask, np.ones((4, 4), np.uint8))*255
+    noisy = values.copy(); noisy[:80, :80][values[:80, :80] == 0] = 3; noisy[(values == 255) & (np.arange(480) % 40 < 30)] = 251
+    assert np.array_equal(read_mask(grey(noisy, tmp_path/'m.png')), values > 0)
+    values[:80, :80] = 3
+    with pytest.raises(MaskError, match=r'several grey levels \(0, 3, 255\)'): read_mask(grey(values, tmp_path/'m.png'))
+
+
 def test_a_photograph_is_no_mask(pairs):
     with pytest.raises(MaskError, match='photograph'): read_mask(pairs[0].image)
 
@@ -235,6 +243,12 @@ def test_strange_names(pairs, tmp_path):
     assert {path.name for path in found} == {*names, 'gone.png', 'fifo.png'} and sorted(broken) == ['fifo.png', 'gone.png']
 
 
+def test_linked_folders(pairs, tmp_path):
+    (tmp_path/'all/deep').mkdir(parents=True)
+    os.symlink(pairs[0].image.parent, tmp_path/'all/linked'); os.symlink(tmp_path/'all', tmp_path/'all/deep/circle')
+    assert len(list_images(tmp_path/'all')) == len(pairs)
+
+
 def test_strange_names_in_a_data_set(own, pairs):
     "A dangling link, a FIFO and a name that is no text: each is named, and all others are checked."
     pairs[0].image.unlink(); os.symlink('/nowhere', pairs[0].image)
@@ -284,8 +298,8 @@ def test_check_finds_leaks(own, pairs):
 
 
 def test_check_finds_a_cut_sequence(tmp_path):
-    data = make_synthetic(tmp_path, n_train=20, n_test=1, size=(48, 64))
-    assert kinds(check(data)) == []
+    data = make_synthetic(tmp_path, n_train=20, n_test=5, size=(48, 64))
+    assert kinds(check(data)) == [], 'two sets that count from 0 share no sequence'
     shutil.rmtree(data/'TestDataset')
     for pair in train_pairs(data)[1::3]:
         for path, kind in zip(pair, ('images', 'masks')):
