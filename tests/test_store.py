@@ -2,19 +2,25 @@
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
-from polyp_difom.core import InputError
+from polyp_difom.core import DamagedError, InputError, file_hash
 from polyp_difom.data.images import list_images
-from polyp_difom.core import file_hash
-from polyp_difom.features.extract import extract
-from polyp_difom.features.store import FeatureStore, view_key
 from polyp_difom.data.synthetic import make_synthetic
+from polyp_difom.features import extract as extract_module
+from polyp_difom.features.extract import extract, extract_teacher
+from polyp_difom.features.store import FeatureStore, view_key
+from polyp_difom.targets.latent import build_targets
+from polyp_difom.teachers.base import Teacher
 from polyp_difom.training.runs import train
 
 COARSE, FINE = 'filterbank,size=32,levels=1,name=coarse', 'filterbank,size=64,levels=1,name=fine'
@@ -151,11 +157,179 @@ def test_views_are_of_the_flipped_picture(frames, tmp_path):
     with pytest.raises(InputError, match='no features of coarse'): store.read('coarse', list_images(tmp_path/'flipped')[0], 'flip-y')
 
 
+def flip(content, bit): return content[:bit//8] + bytes([content[bit//8] ^ 1 << bit % 8]) + content[bit//8 + 1:]
+
+
+def chunk(store, row):
+    "The file of one map of COARSE."
+    return next(path for name in (f'c/{row}/0/0/0', f'{row}.0.0.0') if (path := Path(store)/'features/coarse'/name).exists())
+
+
+@pytest.fixture
+def store(frames, tmp_path):
+    "A store of six images, and what it holds."
+    extract(frames/'six', [COARSE], tmp_path/'store', device='cpu')
+    return tmp_path/'store'
+
+
+def maps_of(store, images): return [FeatureStore(store).read('coarse', image) for image in images]
+
+
+def test_no_flipped_bit_passes(store, frames):
+    image = list_images(frames/'six')[2]
+    before, file = maps_of(store, [image])[0], chunk(store, FeatureStore(store).rows[file_hash(image)])
+    content, refused, number = file.read_bytes(), 0, random.Random(0)
+    for bit in [*range(160), *(number.randrange(8*len(content)) for _ in range(200))]:
+        file.write_bytes(flip(content, bit))
+        try: assert np.array_equal(maps_of(store, [image])[0], before), bit # a few bits of the header say nothing
+        except DamagedError as error: refused += image.name in str(error)
+    assert refused > 340
+
+
+SPOILT = {'a bit': lambda content: flip(content, 4*len(content)), 'truncated': lambda content: content[:-40], 'nothing left': lambda content: b'', 'zeros': lambda content: bytes(len(content)),
+          'something else': lambda content: b'something else'}
+
+
+@pytest.mark.parametrize('spoil', SPOILT.values(), ids=SPOILT)
+def test_a_damaged_map_is_named_and_made_again(spoil, store, frames):
+    images = list_images(frames/'six')
+    before, file = maps_of(store, images), chunk(store, FeatureStore(store).rows[file_hash(images[4])])
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(DamagedError, match=f'{images[4].name}.*run `polyp-difom extract` again'): maps_of(store, images)
+    if file.stat().st_size:
+        with pytest.raises(DamagedError, match=images[4].name): build_targets(FeatureStore(store), images, (4, 4), 8)
+        assert extract(frames/'six', [COARSE], store, device='cpu', verify=False)[0]['images'] == 0
+    assert extract(frames/'six', [COARSE], store, device='cpu')[0]['images'] == 1
+    assert all(map(np.array_equal, maps_of(store, images), before))
+    build_targets(FeatureStore(store), images, (4, 4), 8)
+
+
+@pytest.mark.parametrize('content', [b'{"zarr_form', b'', b'[]', b'\xff\xfe\x00', None], ids=str)
+@pytest.mark.parametrize('file, made', [('zarr.json', 0), ('features/zarr.json', 0), ('features/coarse/zarr.json', 6), ('index/zarr.json', None)])
+def test_damaged_metadata_is_named_and_loses_no_map(file, made, content, store, frames):
+    "What the message says to do is done; a copy of the file is what remains to be done for the index."
+    images = list_images(frames/'six')
+    good, before, chunks = (store/file).read_bytes(), maps_of(store, images), {path: path.read_bytes() for path in (store/'features').glob('*/c/*/0/0/0')}
+    if content is None: (store/file).unlink()
+    else: (store/file).write_bytes(content)
+    told = {('features/zarr.json', True): 'no features of coarse', ('index/zarr.json', True): 'no feature store'}.get((file, content is None), file)
+    with pytest.raises(InputError, match=told): maps_of(store, images)
+    if made != 0 or content is not None:
+        with pytest.raises(DamagedError, match=file.removesuffix('/zarr.json')): extract(frames/'six', [COARSE], store, device='cpu')
+    assert {path: path.read_bytes() for path in chunks} == chunks
+    if made is None: (store/file).write_bytes(good)
+    elif made: shutil.rmtree((store/file).parent)
+    elif content is not None: (store/file).unlink()
+    assert extract(frames/'six', [COARSE], store, device='cpu')[0]['images'] == (made or 0)
+    assert all(map(np.array_equal, maps_of(store, images), before))
+
+
+@pytest.mark.parametrize('lost', ['index', 'index/c', 'index/c/0/0'])
+def test_without_its_index_a_store_is_not_written_to(lost, store, frames):
+    "Rows are given out by the index: without it, maps of other images would be taken for those asked for."
+    chunks = {path: path.read_bytes() for path in (store/'features').glob('*/c/*/0/0/0')}
+    if lost == 'index/c/0/0': (store/lost).write_bytes(flip((store/lost).read_bytes(), 100))
+    else: shutil.rmtree(store/lost)
+    with pytest.raises(DamagedError, match='index.*remove the store and run `polyp-difom extract` again'): extract(frames/'six', [COARSE], store, device='cpu')
+    assert {path: path.read_bytes() for path in (store/'features').glob('*/c/*/0/0/0')} == chunks and len(chunks) == 6
+
+
+def test_an_image_replaced_after_it_was_hashed_gets_no_map(frames, tmp_path, monkeypatch):
+    data = shutil.copytree(frames/'six', tmp_path/'data')
+    images, other = list_images(data), (frames/'two'/list_images(frames/'two')[0].name).read_bytes()
+    hashes = [file_hash(image) for image in images]
+    def hash_and_replace(given):
+        found = hash_images(given)
+        images[5].write_bytes(other)
+        return found
+    hash_images = extract_module.hash_images
+    monkeypatch.setattr(extract_module, 'hash_images', hash_and_replace)
+    with pytest.raises(InputError, match=f'1 of 6 pictures.*{images[5].name}: was replaced'): extract(data, [COARSE], tmp_path/'store', device='cpu')
+    assert FeatureStore(tmp_path/'store').missing('coarse', hashes) == [5]
+    monkeypatch.undo()
+    assert extract(data, [COARSE], tmp_path/'store', device='cpu')[0]['images'] == 0 # the picture it was replaced by has one
+
+
+def test_what_cannot_be_read_is_named_when_all_else_is_done(frames, tmp_path):
+    "Whatever the fault, and of every teacher; the store's name, too, may hold what would be a chain of addresses."
+    data = shutil.copytree(frames/'two', tmp_path/'data')
+    first, second = list_images(frames/'six')[2:4]
+    for name, image in (('reference::e.png', first), (f'{"x"*246}.png', second), ('\x1b[31m\n.png', first), ('a::b.png', first)): shutil.copy(image, data/name)
+    (data/'dangling.png').symlink_to('nowhere')
+    (data/'loop.png').symlink_to('loop.png')
+    os.mkfifo(data/'fifo.png')
+    (data/'text.png').write_text('no picture')
+    with pytest.raises(InputError) as told: extract(data, [COARSE, FINE], tmp_path/'file::store', device='cpu')
+    assert str(told.value).startswith('4 of 10 pictures have no features: ') and str(told.value).isprintable()
+    assert all(f'{name}.png' in str(told.value) for name in ('dangling', 'loop', 'fifo'))
+    store = FeatureStore(tmp_path/'file::store')
+    for teacher in ('coarse', 'fine'):
+        for image in (*list_images(frames/'two'), first, second): store.read(teacher, image)
+
+
+class Overflowing(Teacher):
+    "A teacher whose map of one image is beyond half precision."
+    bad = None
+    def features(self, x): return x[:, :, :4, :4]*(1e9 if x.mean().item() == self.bad else 1)
+
+
+def test_a_map_beyond_half_precision_is_that_images_fault(frames, tmp_path):
+    images = list_images(frames/'six')
+    teacher = Overflowing('overflowing', 32)
+    seen = []
+    teacher.register_forward_pre_hook(lambda module, given: seen.append(given[0].mean().item()))
+    extract_teacher(FeatureStore(tmp_path/'good', create=True), teacher, images)
+    teacher.bad = seen[3] # the first is the probe
+    with pytest.raises(InputError, match=f'1 of 6 pictures.*{images[2].name}: teacher overflowing gives values beyond half precision'):
+        extract_teacher(FeatureStore(tmp_path/'store', create=True), teacher, images)
+    assert FeatureStore(tmp_path/'store').missing('overflowing', [file_hash(image) for image in images]) == [2]
+
+
+def without_rights(place):
+    "As nobody, since root may write everywhere."
+    if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    os.environ['XDG_CACHE_HOME'] = str(place/'cache')
+    for out in ('store', 'new'):
+        with pytest.raises(InputError, match=f'{place}/{out}: cannot be written to'): extract(place/'six', [COARSE, FINE], place/out, device='cpu')
+    assert build_targets(FeatureStore(place/'store'), list_images(place/'six'), (4, 4), 8).path.is_relative_to(place/'cache')
+
+
+def test_a_folder_that_cannot_be_written_to(servers, frames):
+    "Features are read all the same, and targets go to the user's cache."
+    place = Path(tempfile.mkdtemp())
+    shutil.copytree(frames/'six', place/'six')
+    extract(place/'six', [COARSE], place/'store', device='cpu')
+    (place/'cache').mkdir()
+    for path in (place, *place.rglob('*')): path.chmod(0o777 if path.name == 'cache' else 0o555 if path.is_dir() else 0o444)
+    try: assert run(servers, place, target=without_rights) == 0
+    finally:
+        for path in (place, *place.rglob('*')): path.chmod(0o777)
+        shutil.rmtree(place)
+
+
+def test_a_store_of_before_the_checksums_is_read_with_a_warning(store, frames):
+    images = list_images(frames/'six')
+    FeatureStore(store).array('coarse').attrs['checksum'] = False
+    with pytest.warns(UserWarning, match='without checksums'): maps_of(store, images)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); assert extract(frames/'six', [COARSE], store, device='cpu')[0]['images'] == 0
+
+
+def test_metadata_is_read_once_and_again_when_the_store_grows(store, frames, tmp_path, monkeypatch):
+    opened, images = [], list_images(frames/'six')
+    original = FeatureStore._open
+    monkeypatch.setattr(FeatureStore, '_open', lambda self, path: opened.append(path) or original(self, path))
+    features = FeatureStore(store)
+    for image in images: features.read('coarse', image)
+    assert opened == ['index', 'features/coarse']
+    features.add_images([bytes(range(16))])
+    assert features.array('coarse').shape[0] == 7 and np.array_equal(features.read('coarse', images[0]), FeatureStore(store).read('coarse', images[0]))
+
+
 def test_training_asks_for_teachers(fails, data, tmp_path):
     "Of two teachers in a store one is asked for; what is not there, or was made otherwise, is named."
     store, short = tmp_path/'store', dict(size=64, width=4, epochs=(0, 1, 0), batch_size=8, device='cpu', features=tmp_path/'store')
     extract(data, [COARSE, FINE], store, device='cpu')
-    train(data, tmp_path/'run', **short, target_options=dict(teachers=['coarse']))
+    train(data, tmp_path/'run', **short, teacher=['coarse'])
     assert list(json.loads((tmp_path/'run/config.json').read_text())['settings']['teachers']) == ['coarse']
     line = ['train', data, '--size', '64', '--width', '4', '--epochs', '0', '1', '0', '--batch-size', '8', '--device', 'cpu', '--features', store]
     assert 'no features of sam; it holds coarse, fine' in fails(*line, '--teacher', 'sam', '--out', tmp_path/'other')

@@ -2,6 +2,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from polyp_difom.core import InputError
+from polyp_difom.core import DamagedError, InputError, file_hash
 from polyp_difom.data.images import list_pairs, train_folder
 from polyp_difom.data.loaders import PolypDataset, polyp_dataloaders, split_pairs
 from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
 from polyp_difom.published import square_window_low
-from polyp_difom.targets.frequency import split_kinds
+from polyp_difom.targets.frequency import splits
 from polyp_difom.training.losses import latent_losses, output_loss
 from polyp_difom.model.model import PolypDiFoM
 from polyp_difom.published import PublishedUNetPlusPlus
 from polyp_difom.students.registry import create_student
 from polyp_difom.published import RawMaps, TrainableFusion
-from polyp_difom.targets.latent import TargetBuilder, TargetStore, build_targets, fit_targets
+from polyp_difom.targets.latent import TargetBuilder, TargetConfig, TargetStore, build_targets, fit_targets
 from polyp_difom.targets.projection import phi_s, projections, resize, standardisations
 from polyp_difom.published import PublishedDistillation
 from polyp_difom.training.callbacks import Distillation, EpochLog, PhaseSchedule, TargetCollapse, TargetWatch, adam, dice_score
@@ -54,30 +56,31 @@ def two_teachers(data, tmp_path_factory):
     return FeatureStore(folder/'store')
 
 
-@pytest.mark.parametrize('changed', [dict(kind='dct'), dict(cutoff=0.5), dict(standardise='phi-s'), dict(projection='random'), dict(projection='random', seed=1),
+@pytest.mark.parametrize('changed', [dict(split='dct'), dict(cutoff=0.5), dict(standardise='phi-s'), dict(projection='random'), dict(projection='random', projection_seed=1),
                                      dict(channels=8), dict(grid=(5, 5))], ids=str)
 def test_every_option_has_its_own_targets(changed, data, features):
     store, images = FeatureStore(features), images_of(data)
-    default, other = build_targets(store, images, **GRID), build_targets(store, images, **(GRID | changed))
-    assert other.path != default.path and build_targets(store, images, **(GRID | changed)).path == other.path
+    options = {name: value for name, value in changed.items() if name not in GRID}
+    asked = GRID | {name: changed.get(name, value) for name, value in GRID.items()} | dict(config=TargetConfig(**options))
+    default, other = build_targets(store, images, **GRID), build_targets(store, images, **asked)
+    assert other.path != default.path and build_targets(store, images, **asked).path == other.path
     assert other[3].shape != default[3].shape or (other[3] != default[3]).any()
-    for name, value in changed.items():
-        if name in ('kind', 'cutoff', 'standardise', 'projection', 'seed'): assert TargetStore(other.path, images).settings[name] == value
+    for name, value in options.items(): assert TargetStore(other.path, images).settings[name] == value
 
 
-@pytest.mark.parametrize('option, told', [(dict(kind='haar'), 'unknown split haar'), (dict(standardise='phi'), 'nearest: phi-s'), (dict(projection='pcb'), 'nearest: pca'),
+@pytest.mark.parametrize('option, told', [(dict(split='haar'), 'unknown split haar'), (dict(standardise='phi'), 'nearest: phi-s'), (dict(projection='pcb'), 'nearest: pca'),
                                           (dict(projection='none'), 'the teachers give 63 channels, the latents have 16')])
 def test_an_option_that_does_not_fit_is_named_and_leaves_nothing(option, told, data, features):
     store = FeatureStore(features)
     build_targets(store, images_of(data), **GRID)
     before = sorted((store.path/'targets').iterdir())
-    with pytest.raises(InputError, match=told): build_targets(store, images_of(data), **GRID, **option)
+    with pytest.raises(InputError, match=told): build_targets(store, images_of(data), **GRID, config=TargetConfig(**option))
     assert sorted((store.path/'targets').iterdir()) == before
 
 
 def test_unknown_distillation_makes_no_run(data, features, tmp_path):
     with pytest.raises(InputError, match='distillation msse: choose mse, '): train(data, tmp_path/'run', features=features, distillation='msse', **SHORT)
-    with pytest.raises(InputError, match='unknown split haar'): train(data, tmp_path/'run', features=features, target_options=dict(kind='haar'), **SHORT)
+    with pytest.raises(InputError, match='unknown split haar'): train(data, tmp_path/'run', features=features, split='haar', **SHORT)
     assert not (tmp_path/'run').exists()
 
 
@@ -90,6 +93,71 @@ def test_fit_sees_the_training_images_only(data, features, tmp_path):
     assert torch.equal(ours.weights[0], alone.weights[0]) and torch.equal(ours.bias, alone.bias)
     everything = fit_targets(FeatureStore(features), images_of(data), **GRID)
     assert not torch.allclose(everything.bias, ours.bias)
+
+
+@pytest.mark.parametrize('option, told', [(dict(cutoff=float('nan')), 'cutoff: nan'), (dict(cutoff=float('inf')), 'cutoff: inf'), (dict(cutoff=-0.1), 'cutoff: -0.1'),
+                                          (dict(cutoff=5), 'cutoff: 5 is not between 0 and 1.42'), (dict(cutoff='low'), 'cutoff: low'), (dict(cutoff=True), 'cutoff: True'),
+                                          (dict(projection_seed=-1), 'projection_seed: -1'), (dict(projection_seed=.5), 'projection_seed: 0.5'),
+                                          (dict(split=None), 'unknown split None'), (dict(split=['hard']), 'unknown split')], ids=str)
+def test_an_option_that_makes_no_sense_is_refused(option, told):
+    with pytest.raises(InputError, match=told): TargetConfig(**option)
+
+
+def drawn_store(path, size, images):
+    "A store of one teacher whose maps differ from column to column, as those of frames with dark borders do."
+    store, columns = FeatureStore(path, create=True), 1 + 3*torch.arange(size)[None, None] % 7
+    store.add_images([bytes([i])*16 for i in range(1, images + 1)])
+    store.add_teacher(dict(teacher='drawn'), (4, size, size))
+    torch.manual_seed(size)
+    for i in range(images): store.array('drawn')[i] = (columns*torch.randn(4, size, size)).half().numpy()
+    return store, list(store.rows)
+
+
+@pytest.mark.parametrize('size', [64, 256])
+@pytest.mark.parametrize('standardise', ['channel', 'phi-s'])
+def test_targets_have_unit_variance_where_columns_differ(size, standardise, tmp_path):
+    "A projection that is fitted to some columns only is off by what the others are louder or quieter."
+    store, images = drawn_store(tmp_path/'store', size, 12)
+    builder = fit_targets(store, images, (size, size), 4, TargetConfig(standardise=standardise))
+    target = torch.stack([builder([torch.from_numpy(store.read('drawn', image))]).sum(0) for image in images])
+    assert target.var().item() == pytest.approx(1, abs=.08)
+    assert target.mean().item() == pytest.approx(0, abs=.05)
+
+
+def test_images_are_hashed_once(data, features, monkeypatch):
+    seen = []
+    for module in ('features.store', 'targets.latent'): monkeypatch.setattr(f'polyp_difom.{module}.file_hash', lambda image: seen.append(image) or file_hash(image))
+    build_targets(FeatureStore(features), images_of(data), **GRID, config=TargetConfig(cutoff=.2))
+    assert sorted(seen) == sorted(images_of(data))
+
+
+def test_the_fit_is_the_same_again_and_in_any_order(data, features):
+    first, again, turned = (fit_targets(FeatureStore(features), images, **GRID) for images in (images_of(data), images_of(data), images_of(data)[::-1]))
+    assert torch.equal(first.weights[0], again.weights[0])
+    torch.testing.assert_close(first.weights[0], turned.weights[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('file', ['zarr.json', 'targets/zarr.json', 'targets/c/3/0/0/0/0', 'index/c/0/0', 'teacher_gram/c/0/0/0'])
+@pytest.mark.parametrize('spoil', [lambda content: content[:len(content)//2], lambda content: bytes([content[0] ^ 8]) + content[1:], lambda content: None], ids=['half', 'bit', 'gone'])
+def test_damaged_targets_are_named_and_made_again(file, spoil, data, features, tmp_path):
+    store, images = FeatureStore(shutil.copytree(features, tmp_path/'store', ignore=shutil.ignore_patterns('targets'))), images_of(data)
+    targets = build_targets(store, images, **GRID)
+    before = [targets[i] for i in range(len(targets))]
+    content = spoil((targets.path/file).read_bytes())
+    if content is None: (targets.path/file).unlink()
+    else: (targets.path/file).write_bytes(content)
+    with pytest.raises(DamagedError, match=images[3].name if 'targets/c' in file else str(targets.path)):
+        found = TargetStore(targets.path, images)
+        for i in range(len(found)): assert (found[i] == before[i]).all()
+    again = build_targets(store, images, **GRID)
+    assert again.path == targets.path and all((again[i] == before[i]).all() for i in range(len(again)))
+    assert len(list((store.path/'targets').iterdir())) == 1
+
+
+def test_the_split_loads_no_network_library():
+    "The mathematics of targets can be had without foundation models and figures."
+    program = 'import sys, polyp_difom.targets.frequency; print(*(name for name in ("timm", "transformers", "fastai", "matplotlib") if name in sys.modules))'
+    assert subprocess.run([sys.executable, '-c', program], text=True, capture_output=True, check=True).stdout.strip() == ''
 
 
 @pytest.mark.parametrize('channels', [63, 32, 7])
@@ -117,19 +185,19 @@ def test_phi_s_on_real_images(real_data, tmp_path):
 def test_projection_is_orthonormal_and_shares_sum_to_one(standardise, projection, data, two_teachers):
     sizes = [two_teachers.array(teacher).shape[1] for teacher in two_teachers.teachers]
     channels = sum(sizes) if projection == 'none' else 16
-    builder = fit_targets(two_teachers, images_of(data), (4, 4), channels, standardise=standardise, projection=projection)
-    torch.testing.assert_close(builder.parts.sum(0), torch.eye(channels), atol=1e-4, rtol=0)
+    builder = fit_targets(two_teachers, images_of(data), (4, 4), channels, TargetConfig(standardise=standardise, projection=projection))
+    torch.testing.assert_close(builder.gram.sum(0), torch.eye(channels), atol=1e-4, rtol=0)
     for shares in builder.fitted['shares'].values(): assert sum(shares) == pytest.approx(1)
     if standardise != 'none': assert builder.fitted['shares']['standardised'] == pytest.approx([size/sum(sizes) for size in sizes], abs=0.02)
 
 
-@pytest.mark.parametrize('kind', split_kinds)
-def test_a_flip_of_the_maps_is_a_flip_of_the_target_but_for_the_square_window(kind):
+@pytest.mark.parametrize('split', splits)
+def test_a_flip_of_the_maps_is_a_flip_of_the_target_but_for_the_square_window(split):
     torch.manual_seed(0)
-    builder = TargetBuilder([torch.randn(4, 6)], torch.randn(4), (18, 18), (7, 7), kind=kind)
+    builder = TargetBuilder([torch.randn(4, 6)], torch.randn(4), (18, 18), (7, 7), split=split)
     maps = torch.randn(6, 18, 18)
     differences = [(builder([maps.flip(axis)]) - builder([maps]).flip(axis)).abs().max() for axis in (-1, -2)]
-    assert min(differences) > 1e-2 if kind == 'square' else max(differences) < 1e-4
+    assert min(differences) > 1e-2 if split == 'square' else max(differences) < 1e-4
 
 
 @pytest.mark.parametrize('kind', latent_losses)
@@ -146,7 +214,7 @@ def test_every_distillation_trains_and_is_kept_in_the_settings(kind, data, featu
 
 
 def test_every_teacher_is_watched(data, two_teachers, tmp_path):
-    run = train(data, tmp_path/'run', features=two_teachers.path, target_options=dict(standardise='phi-s', kind='dct'), **SHORT)
+    run = train(data, tmp_path/'run', features=two_teachers.path, standardise='phi-s', split='dct', **SHORT)
     row, = csv.DictReader((run/'log.csv').open())
     assert list(row)[-4:] == [f'r2_{latent}_{teacher}' for latent in ('l1', 'l2') for teacher in two_teachers.teachers]
     assert json.loads((run/'config.json').read_text())['settings']['target_options'] == dict(standardise='phi-s', kind='dct')

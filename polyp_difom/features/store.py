@@ -7,7 +7,7 @@ __all__ = ['views', 'view_key', 'new_array', 'open_group', 'FeatureStore']
 
 # %% ../../nbs/03_features/01_store.ipynb #0a9a993a
 import hashlib, os, re, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def open_group(
 ):
     "A Zarr group. Raises `DamagedError` if its metadata cannot be read."
     place = to_place(place)
-    on_disk = getattr(zarr, 'DirectoryStore', Path) # Zarr 2, Zarr 3
-    with damage_error(f'{place}/zarr.json', remedy): return zarr.open_group(on_disk(place) if isinstance(place, Path) else place, mode=mode)
+    store = getattr(zarr, 'DirectoryStore', Path)(place) if isinstance(place, Path) else place # Zarr 2, Zarr 3
+    with nullcontext() if mode == 'w' else damage_error(f'{place}/zarr.json', remedy): return zarr.open_group(store, mode=mode)
 
 # %% ../../nbs/03_features/01_store.ipynb #2539aa48
 def _chunk_rows(
@@ -240,7 +240,7 @@ def missing(self:FeatureStore,
     "Which images have no map of this teacher yet."
     done = _chunk_rows(self.path, f'features/{_key(teacher)}')
     rows = [self.rows.get(key) for key in keys]
-    if verify: done -= self.damaged(teacher, [row for row in rows if row in done])
+    if verify and (written := [row for row in rows if row in done]): done -= self.damaged(teacher, written)
     return [i for i, row in enumerate(rows) if row not in done]
 
 # %% ../../nbs/03_features/01_store.ipynb #2911fb7e

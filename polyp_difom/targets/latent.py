@@ -33,7 +33,7 @@ class TargetConfig:
 
     def __post_init__(self):
         for what, name, known in (('split', self.split, splits), ('standardisation', self.standardise, standardisations), ('projection', self.projection, projections)):
-            if name not in known: raise InputError(f'unknown {what} {name}; {nearest(str(name), known)}')
+            if not isinstance(name, str) or name not in known: raise InputError(f'unknown {what} {name}; {nearest(str(name), known)}')
         if not _is_number(self.cutoff) or not 0 <= self.cutoff <= 1.42: raise InputError(f'cutoff: {self.cutoff} is not between 0 and 1.42 (fraction of Nyquist)')
         if not isinstance(self.projection_seed, int) or self.projection_seed < 0: raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
         object.__setattr__(self, 'teacher', (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher))
@@ -118,6 +118,12 @@ def _write_targets(path, store, hashes, builder, provenance):
 _remedy = 'remove this folder, and the next training makes it anew'
 
 # %% ../../nbs/05_targets/03_latent.ipynb #600a91aa
+def _whole(array) -> np.ndarray:
+    "An array of one chunk; where that is gone, it reads as zeros."
+    if not (values := array[:]).any(): raise FileNotFoundError
+    return values
+
+# %% ../../nbs/05_targets/03_latent.ipynb #c5115651
 class TargetStore:
     "Targets of a list of images on disk; `targets[i]` is that of the i-th."
     def __init__(self,
@@ -129,8 +135,8 @@ class TargetStore:
         self.path, self.images, group = Path(path), images, open_group(path, 'r', _remedy)
         with damage_error(path, _remedy):
             self.array, self.settings = group['targets'], dict(group.attrs)
-            self.teacher_gram = dict(zip(self.settings['teachers'], torch.from_numpy(group['teacher_gram'][:]))) # teacher -> (C, C)
-            rows, size = {row.tobytes(): i for i, row in enumerate(group['index'][:])}, self.array.shape[-2:]
+            self.teacher_gram = dict(zip(self.settings['teachers'], torch.from_numpy(_whole(group['teacher_gram'])))) # teacher -> (C, C)
+            rows, size = {row.tobytes(): i for i, row in enumerate(_whole(group['index']))}, self.array.shape[-2:]
         if grid and tuple(grid) != size: raise InputError(f'{path}: targets on a {size[0]}x{size[1]} grid, the latents have {grid[0]}x{grid[1]}; build targets for this size')
         self.rows = [rows.get(digest) for digest in hashes or parallel_map(file_hash, images, 'reading')]
         if None in self.rows: raise InputError(f'{path}: no target of {images[self.rows.index(None)]}; targets of another data set')
