@@ -118,6 +118,8 @@ def file_hash(
     return bytes_hash(read_bytes(place))
 
 # %% ../nbs/00_core.ipynb #2cff4275
+_full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 @contextmanager
 def disk_full_error(
     place, # what is being written
@@ -126,7 +128,7 @@ def disk_full_error(
     "Turn 'no space left' into an `InputError`."
     try: yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        if error.errno not in _full: raise
         raise InputError(f'{place}: no space left on the disk; {finished}') from None
 
 # %% ../nbs/00_core.ipynb #af5803f6
@@ -153,7 +155,9 @@ def damage_error(
     try: yield
     except (InputError, MemoryError): raise
     except FileNotFoundError: raise DamagedError(f'{what}: missing; {remedy}') from None
-    except OSError as error: raise InputError(f'{what}: cannot be read ({error.strerror or error})') from None
+    except OSError as error:
+        if error.errno in _full: raise
+        raise InputError(f'{what}: cannot be read ({error.strerror or error})') from None
     except Exception: raise DamagedError(f'{what}: damaged; {remedy}') from None
 
 # %% ../nbs/00_core.ipynb #e8618a3a
