@@ -38,6 +38,14 @@ def _check_runs(runs:dict, height:int, width:int):
         raise InputError('run lengths that do not add up to the picture')
 
 # %% ../../nbs/01_data/03_convert.ipynb #ccb9f862
+def _unpack(runs:dict) -> np.ndarray:
+    "Decode packed run lengths. Raises `InputError` for a string that is cut off or damaged: it would give another mask when packed again."
+    try: mask = coco_mask.decode(runs)
+    except (TypeError, ValueError): raise InputError('run lengths that do not decode') from None
+    counts = runs['counts'].encode() if isinstance(runs['counts'], str) else runs['counts']
+    if coco_mask.encode(np.asfortranarray(mask))['counts'] != counts: raise InputError('run lengths that do not decode')
+    return mask.astype(bool)
+
 def _region(
     segmentation, # COCO's: list of polygons, or dict with `size` and `counts`
     height:int, width:int # of the picture
@@ -50,8 +58,7 @@ def _region(
         _check_runs(segmentation, height, width)
         runs = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation['counts'], list) else segmentation
     else: raise InputError('a box without an outline')
-    try: return coco_mask.decode(runs).astype(bool)
-    except (TypeError, ValueError): raise InputError('run lengths that do not decode') from None
+    return _unpack(runs)
 
 # %% ../../nbs/01_data/03_convert.ipynb #234a8ca2
 class _Item(NamedTuple):

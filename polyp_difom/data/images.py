@@ -135,7 +135,7 @@ NOISE = 16 # grey values: what JPEG leaves around black and white stays within
 
 def _is_noisy(values) -> bool: # grey values that occur, sorted
     "Is there JPEG's noise on both sides?"
-    return bool(0 < values[1] <= NOISE and values[-1] - NOISE <= values[-2])
+    return bool(values[-1] > 128 and 0 < values[1] <= NOISE and values[-1] - NOISE <= values[-2])
 
 def _grey_levels(grey:np.ndarray, values) -> list:
     "Grey values that fill areas, without JPEG's noise."
@@ -274,7 +274,7 @@ def _guess_suffix(images:Path, masks:Path) -> str:
 
 def _guess_extension(paths:list) -> str:
     "The extension of the masks where image and mask differ in nothing else; None otherwise."
-    for extension in sorted({path.suffix for path in paths if path.suffix.lower() in ('.png', '.bmp', '.tif', '.gif')}):
+    for extension in sorted({path.suffix for path in paths} & {'.png', '.PNG', '.gif', '.bmp', '.tif'}, key='.png .PNG .gif .bmp .tif'.split().index):
         masks, images = ({path.stem for path in paths if (path.suffix == extension) == is_mask} for is_mask in (True, False))
         if masks and 2*len(images & masks) >= len(masks): return extension
 
