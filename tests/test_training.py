@@ -466,6 +466,8 @@ def test_every_distance_trains_and_is_kept_in_the_settings(distance, data, featu
     log = read_log(run)
     assert list(log)[-4:] == ['r2_l1', 'r2_l2', 'std_l1', 'std_l2'] and log.r2_l1[0] < 1 and log.std_l1[0] > 0
     assert json.loads((run/'config.json').read_text())['settings']['distance'] == distance
+    other = 'cosine' if distance == 'mse' else 'mse'
+    with pytest.raises(InputError, match=f'another distance: .* then, {other} now'): resume(run, epochs=(0, 2, 0), distance=other, device='cpu')
 
 
 def watched(latent, target, grams=None):

@@ -332,11 +332,15 @@ def _read_config(run:Path) -> dict:
         raise InputError(f'{config}: not made by `train` of this version; it cannot be resumed')
     return held
 
-def _held_configs(settings:dict, given:dict, run:Path) -> tuple: # Layout, TargetConfig, TrainConfig
+def _held_callable(name:str, known, kept, given, run):
+    "A loss or distance of a run: its name, or what it was of one's own making. Raises `InputError` for another one, or none."
+    if given is not None and _name(given) != kept: raise InputError(f'{run}: cannot be resumed with another {name}: {kept} then, {_name(given)} now')
+    if given is None and kept not in known: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
+    return kept if given is None else given
+
+def _held_configs(settings:dict, loss, distance, run:Path) -> tuple: # Layout, TargetConfig, TrainConfig
     "The options that a run was made with."
-    own = {name: given[name] if given[name] is not None else settings.get(name) for name in ('loss', 'distance')}
-    for name, known in (('loss', losses), ('distance', latent_losses)):
-        if isinstance(own[name], str) and own[name] not in known: raise InputError(f'{run}: its {name} {own[name]} is a function of your own; pass {name}=')
+    own = dict(loss=_held_callable('loss', losses, settings.get('loss'), loss, run), distance=_held_callable('distance', latent_losses, settings.get('distance'), distance, run))
     try: return (Layout(**settings['layout']), TargetConfig(**settings['targets']),
                  TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)} | own))
     except (KeyError, TypeError) as error: raise InputError(f'{run/"config.json"}: settings are damaged ({printable(error)[:80]})') from None
@@ -390,7 +394,7 @@ def resume(
     run = Path(run)
     held = _read_config(run)
     settings, last = held['settings'], run/'last.safetensors'
-    layout, target_config, config = _held_configs(settings, dict(loss=loss, distance=distance), run)
+    layout, target_config, config = _held_configs(settings, loss, distance, run)
     target_config = replace(target_config, teacher=target_config.teacher or tuple(settings['teachers'])) # the store may hold more of them by now
     data, features, place = data or held['data'], (features or held['features']) if settings['distilled'] else None, find_device(device)
     tensors, kept = read_tensors(last) if last.exists() else ({}, dict(rows=[]))
