@@ -130,10 +130,11 @@ def _write_files(out, files:dict): # name -> content, report.json first
 def _results_folder(run) -> Path:
     "Where results go. Raises `InputError` if nothing can be written there."
     out = Path(run)/'evaluation'
+    new = not out.exists()
     try:
-        out.mkdir(exist_ok=True)
         with atomic_path(out/'.writable'): pass
         (out/'.writable').unlink()
+        if new: out.rmdir() # nothing has been scored yet
     except OSError as error: raise InputError(f'{out}: cannot be written to ({error.strerror})') from None
     return out
 
