@@ -55,6 +55,7 @@ class DataReport(list):
         for problem in self: groups[problem.severity, problem.kind, problem.file.parent].append(problem)
         return [line for group in groups.values() for line in ([_one_line(group)] if len(group) > most else map(_line, group))]
 
+# %% ../../nbs/01_data/02_check.ipynb #8e6bf2bb
 def _line(problem:Problem) -> str: return f'{problem.severity}: {problem}'
 
 def _one_line(group:list) -> str: # of problems of one kind and folder
@@ -69,6 +70,7 @@ def _looks_inverted(
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     return bool(mask.mean() > 0.5 and edge.mean() > 0.5)
 
+# %% ../../nbs/01_data/02_check.ipynb #1ae07969
 def _mask_problems(pair:Pair, image:Image.Image, mask:np.ndarray) -> list:
     "Of a mask that could be read, the image too where it is there."
     height, width = mask.shape
@@ -108,6 +110,7 @@ def _attempt(path:Path, read, **options) -> tuple: # bytes or None, what was rea
     except MaskError as error: return content, None, [Problem('mask coding', path, _reason(error, path))]
     except InputError as error: return content, None, [Problem('undecodable', path, _reason(error, path))]
 
+# %% ../../nbs/01_data/02_check.ipynb #ab5bcc0b
 def _check_pair(pair:Pair, above:int=128) -> _Seen:
     "One look at a pair."
     content, image, problems = _attempt(pair.image, read_image)
@@ -127,6 +130,7 @@ def _pairing_problems(folder:Path, layout:Layout, pairs:list, lonely_images:list
     guess = guess_layout(folder)
     return [Problem('empty data set', folder, layout_advice(folder) if guess and guess != layout else 'no pair of image and mask'), *problems]
 
+# %% ../../nbs/01_data/02_check.ipynb #229a3a8f
 def _systematic(folder:Path, seen:list) -> list:
     "An error if most masks look wrong in the same way."
     suspects = sum(problem.kind in ('inverted mask', 'full mask') for one in seen for problem in one.problems)
@@ -134,6 +138,7 @@ def _systematic(folder:Path, seen:list) -> list:
     if masks < 3 or 2*suspects <= masks: return []
     return [Problem('inverted masks', folder, f'{suspects} of {masks} masks have polyp nearly everywhere; store polyp as white')]
 
+# %% ../../nbs/01_data/02_check.ipynb #5c3b2366
 def _check_part(
     folder:Path, layout:Layout
 ) -> tuple: # list of `Problem`, dict of image Path -> `_Seen`
@@ -178,6 +183,7 @@ def _nearest(
     index = np.concatenate([rows.argmax(1) for rows in near])
     return index, np.concatenate([(256 - rows.max(1))/2 for rows in near]).astype(int)
 
+# %% ../../nbs/01_data/02_check.ipynb #54e8a954
 def _find_near_duplicates(train:dict, tests:dict) -> list:
     "Test images with a training image that looks the same, but is not the same file."
     train, tests = ([(path, one) for path, one in part.items() if one.digest] for part in (train, tests))
@@ -194,6 +200,7 @@ def _numbers(images:dict) -> dict: # (start of the name, size) -> set of the num
         if match := re.fullmatch(r'(.*\D)?(\d{1,9})', path.stem): found[match[1], one.size].add(int(match[2]))
     return found
 
+# %% ../../nbs/01_data/02_check.ipynb #0d611163
 def _find_sequences(train:dict, folder:Path, test:dict) -> list:
     "A note if the frames of a test set stand between training frames."
     numbers, neighbours = _numbers(train), []
@@ -214,6 +221,7 @@ def _parts(data:Path, layout:Layout) -> tuple: # dict name -> folder of the trai
     if tests and not (data/'TrainDataset').is_dir(): return {}, tests
     return {'TrainDataset' if (data/'TrainDataset').is_dir() else data.resolve().name: train_folder(data, layout)}, tests
 
+# %% ../../nbs/01_data/02_check.ipynb #ef650873
 def check(
     data, # data set
     layout:Layout=Layout() # where its images and masks are

@@ -29,6 +29,7 @@ def _check_polygon(polygon:list, height:int, width:int):
     inside = (points >= [-width, -height]) & (points <= [2*width, 2*height]) # NaN is not
     if not inside.all(): raise InputError('a polygon far outside of the picture')
 
+# %% ../../nbs/01_data/03_convert.ipynb #6233cac7
 def _check_runs(runs:dict, height:int, width:int):
     "Raise `InputError` for run lengths that do not fill the picture."
     if runs.get('size') != [height, width]: raise InputError(f'run lengths of size {runs.get("size")}, picture {[height, width]}')
@@ -46,6 +47,7 @@ def _unpack(runs:dict) -> np.ndarray:
     if coco_mask.encode(np.asfortranarray(mask))['counts'] != counts: raise InputError('run lengths that do not decode')
     return mask.astype(bool)
 
+# %% ../../nbs/01_data/03_convert.ipynb #a081f1da
 def _region(
     segmentation, # COCO's: list of polygons, or dict with `size` and `counts`
     height:int, width:int # of the picture
@@ -66,6 +68,7 @@ class _Item(NamedTuple):
     image: Path
     mask: Callable # (height, width) -> (height, width) bool; raises `InputError`
 
+# %% ../../nbs/01_data/03_convert.ipynb #ea0c3ba4
 def _read_coco(file:Path) -> dict:
     "Parse COCO's JSON. Raises `InputError` if it is not."
     try: coco = json.loads(read_bytes(file))
@@ -77,11 +80,13 @@ def _read_coco(file:Path) -> dict:
             if not (isinstance(entry, dict) and keys <= entry.keys()): raise InputError(f'{file}: {part}[{i}] lacks {" or ".join(sorted(keys))}')
     return coco
 
+# %% ../../nbs/01_data/03_convert.ipynb #584f368b
 def _polyp_categories(coco:dict, wanted, file:Path) -> set: # of ids
     "Ids of the categories that count as polyp. Raises `InputError` if that is not plain."
     used = {annotation.get('category_id') for annotation in coco['annotations']}
     names = {entry['id']: str(entry.get('name')) for entry in coco.get('categories', ()) if entry.get('id') in used}
-    if unknown := set(wanted) - {str(entry.get('name')) for entry in coco.get('categories', ())}: raise InputError(f'{file}: no category {name_some(unknown)}; there are {name_some(names.values())}')
+    if unknown := set(wanted) - {str(entry.get('name')) for entry in coco.get('categories', ())}:
+        raise InputError(f'{file}: no category {name_some(unknown)}; there are {name_some(names.values())}')
     if wanted: return {i for i, name in names.items() if name in wanted}
     polyps = {i for i, name in names.items() if 'polyp' in name.lower()} if len(used) > 1 else used
     if used and not polyps: raise InputError(f'{file}: categories {name_some(sorted(names.values()))}; say which is polyp, --category NAME')
@@ -95,6 +100,7 @@ def _index(folder:Path) -> dict: # file name -> list of Path
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.'): found.setdefault(path.name, []).append(path)
     return found
 
+# %% ../../nbs/01_data/03_convert.ipynb #100d979f
 def _find_picture(name:str, file:Path, index:dict) -> Path:
     "The picture that COCO's `file_name` means. Raises `InputError` if there is none, or are several."
     name = str(name).replace('\\', '/')
@@ -104,6 +110,7 @@ def _find_picture(name:str, file:Path, index:dict) -> Path:
     if len(found) != 1: raise InputError(f'{len(found) or "no"} pictures of that name')
     return found[0]
 
+# %% ../../nbs/01_data/03_convert.ipynb #c846ee68
 def _coco_mask(entry:dict, annotations:list) -> Callable:
     "How the mask of a picture is made: all its polyps together."
     def make(height, width):
@@ -123,6 +130,7 @@ def _polyps_of(coco:dict, wanted, file:Path) -> dict: # image id -> list of anno
     except (AttributeError, KeyError, TypeError): raise InputError(f'{file}: categories or ids are not as COCO describes them') from None
     return found
 
+# %% ../../nbs/01_data/03_convert.ipynb #d7cce9e6
 def _coco_items(file:Path, wanted, index:dict) -> tuple: # list of `_Item`, list of `Problem`
     "What a COCO file describes."
     coco = _read_coco(file)
@@ -141,6 +149,7 @@ def _pair_mask(path:Path, above:int) -> Callable:
         return mask
     return make
 
+# %% ../../nbs/01_data/03_convert.ipynb #adfa7d7a
 def _pair_items(source:Path, layout:Layout) -> tuple: # list of `_Item`, list of `Problem`
     "What a folder of image and mask files holds."
     if not (layout.images or layout.mask_suffix) and (guess := guess_layout(source)): layout = replace(guess, mask_above=layout.mask_above)
@@ -159,6 +168,7 @@ def _read_names(file:Path, items:list) -> set: # of images
     if unknown := sorted(names - known): raise InputError(f'{file}: no image {name_some(unknown)}')
     return {item.image for item in items if names & {item.image.name, item.image.stem}}
 
+# %% ../../nbs/01_data/03_convert.ipynb #719dfaa4
 def _choose_test(items:list, test, seed:int) -> set: # of images
     "Which images go into the test set."
     if test is None: return set()
@@ -182,6 +192,7 @@ def _new_folder(out:Path): # yields the folder to write to
         os.replace(temporary, out)
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
+# %% ../../nbs/01_data/03_convert.ipynb #8785db06
 def _write(item:_Item, folder:Path, stem:str) -> float: # polyp area in percent
     "Write one pair. Raises `InputError` if image or mask cannot be had."
     content = read_bytes(item.image)
@@ -216,6 +227,7 @@ def _write_all(named:dict, test:set, test_name:str, out:Path) -> tuple: # list o
     written = parallel_map(write, list(named.items()), 'converting')
     return [what for part, what in written if part is None], {name: np.array([what for part, what in written if part == name]) for name in folders}
 
+# %% ../../nbs/01_data/03_convert.ipynb #3d762cb9
 def _items(source:Path, categories, layout:Layout) -> tuple: # list of `_Item`, list of `Problem`
     "What a source holds."
     if not source.exists(): raise InputError(f'{source}: no such file or folder')

@@ -55,16 +55,15 @@ def _decode_error(name):
 def _too_large(what:str) -> str: return f'{what}; a larger POLYP_DIFOM_PIXEL_LIMIT lets it in'
 
 # %% ../../nbs/01_data/01_images.ipynb #55c528d8
-def _content(source, name) -> tuple: # bytes, and what to call them
-    return (source, name or 'picture') if isinstance(source, bytes) else (read_bytes(source), name or source)
+def _called(source, name): return name or ('picture' if isinstance(source, bytes) else source) # in errors
 
+# %% ../../nbs/01_data/01_images.ipynb #32a152cf
 def open_image(
     source, # path or address of a picture, or its bytes
     name=None # what errors call it, where bytes are given
 ) -> Image.Image: # decoded, in the mode that it is stored in
     "The picture as it is stored. Raises `InputError` with the file's name if it does not decode, or is too large."
-    content, name = _content(source, name)
-    limit = _pixel_limit()
+    content, name, limit = source if isinstance(source, bytes) else read_bytes(source), _called(source, name), _pixel_limit()
     with _decode_error(name):
         image = Image.open(BytesIO(content), formats=_formats())
         if image.width*image.height > limit: raise ValueError(_too_large(f'{image.width}x{image.height} pixels, the limit is {limit}'))
@@ -98,9 +97,10 @@ def decode_image(
     name=None # what errors call it, where bytes are given
 ) -> Image.Image: # 8 bits, upright
     "The decoded, upright picture in `mode`. Raises `InputError` with the file's name."
-    image, name = open_image(source, name), name or source
+    image, name = open_image(source, name), _called(source, name)
     with _decode_error(name): return _eight_bits(ImageOps.exif_transpose(image), name).convert(mode)
 
+# %% ../../nbs/01_data/01_images.ipynb #f2d7ede8
 def orientation(
     content:bytes # of a picture that decodes
 ) -> int: # 1 upright, 3 upside down, 6 and 8 on its side, and mirrored ones
@@ -108,6 +108,7 @@ def orientation(
     tag = Image.open(BytesIO(content), formats=_formats()).getexif().get(0x0112, 1)
     return tag if tag in range(1, 9) else 1
 
+# %% ../../nbs/01_data/01_images.ipynb #5ccc7f85
 def read_image(
     source, # path, address or bytes, of any mode that Pillow reads
     name=None # what errors call it, where bytes are given
@@ -119,6 +120,7 @@ def read_image(
 class MaskError(InputError):
     "A mask that decodes, but whose coding does not say for certain what is polyp."
 
+# %% ../../nbs/01_data/01_images.ipynb #8da3dafe
 def _mask_grey(image:Image.Image, name) -> Image.Image:
     "The grey values of a mask. Raises `MaskError` where the polyp is drawn in something else."
     grey = _eight_bits(ImageOps.exif_transpose(image), name).convert('L')
@@ -169,7 +171,7 @@ def read_mask(
     name=None # what errors call it, where bytes are given
 ) -> np.ndarray: # (H, W) bool, True on the polyp
     "Read a mask. Raises `InputError` if it does not decode, and `MaskError` if `above` does not tell polyp from background for certain."
-    image, name = open_image(source, name), name or source
+    image, name = open_image(source, name), _called(source, name)
     with _decode_error(name): grey = np.asarray(_mask_grey(image, name))
     if fault := _mask_fault(grey, above): raise MaskError(f'{name}: {fault}')
     return grey > above
@@ -185,7 +187,7 @@ class Layout:
 
     def __post_init__(self):
         for name in ('images', 'masks'): object.__setattr__(self, name, getattr(self, name) and str(getattr(self, name)))
-        if self.mask_suffix is not None and not self.mask_suffix.strip('/'): raise InputError('--mask-suffix is empty; give what a mask has behind the image\'s name')
+        if self.mask_suffix is not None and not self.mask_suffix.strip('/'): raise InputError('--mask-suffix is empty; give what masks have behind their image\'s name')
         if self.mask_above not in range(255): raise InputError(f'--mask-above {self.mask_above}: choose a grey value of 0 to 254')
 
 # %% ../../nbs/01_data/01_images.ipynb #1de32964
@@ -199,6 +201,7 @@ def _listing(folder) -> list:
 
 def _pictures(folder) -> list: return [path for path in _listing(folder) if _is_picture(path.name)]
 
+# %% ../../nbs/01_data/01_images.ipynb #9299784c
 def find_images(
     folder, # a folder of pictures
     key=lambda path: path.stem # what a picture is known by; None leaves it out
@@ -221,6 +224,7 @@ def _subfolder(folder:Path, name:str) -> Path:
     "`folder/images`, or `folder/image` as some releases of the benchmark have it."
     return next((folder/option for option in (name, name[:-1]) if (folder/option).is_dir()), folder/name)
 
+# %% ../../nbs/01_data/01_images.ipynb #9288924a
 def _folders(folder:Path, layout:Layout) -> tuple: # of the images, of the masks
     if layout.images or layout.masks:
         if not (layout.images and layout.masks): raise InputError('--images and --masks go together: give both folders')
@@ -238,6 +242,7 @@ def _image_stem(path:Path, suffix:str): # of the image that a mask belongs to; N
 def _check_folder(inside:Path, folder):
     if not inside.is_dir(): raise InputError(f'{inside}: no such folder' + (f'; {layout_advice(folder)}' if Path(folder).is_dir() else ''))
 
+# %% ../../nbs/01_data/01_images.ipynb #cdf8536c
 def pair_up(
     folder, # of a data set, or one of its parts
     layout:Layout=Layout()
@@ -278,6 +283,7 @@ def _guess_extension(paths:list) -> str:
         masks, images = ({path.stem for path in paths if (path.suffix == extension) == is_mask} for is_mask in (True, False))
         if masks and 2*len(images & masks) >= len(masks): return extension
 
+# %% ../../nbs/01_data/01_images.ipynb #679f7d3c
 def _guess_one_folder(folder:Path):
     "The suffix of masks that lie among their images; None if there is none."
     paths = _pictures(folder)
@@ -306,6 +312,7 @@ def find_coco(
     found = [path for depth in ('*.json', '*/*.json', '*/*/*.json') for path in sorted(Path(folder).glob(depth)) if path.is_file()]
     return [path for path in found[:50] if b'"annotations"' in (content := read_bytes(path)) and b'"images"' in content]
 
+# %% ../../nbs/01_data/01_images.ipynb #31cdd1a0
 def _describe(folder:Path) -> str:
     "What is in a folder, counted."
     inside = _listing(folder)
@@ -322,6 +329,7 @@ def layout_options(
     given = [('--images', layout.images), ('--masks', layout.masks), ('--mask-suffix', layout.mask_suffix)]
     return shlex.join(part for option, value in given if value for part in (option, value))
 
+# %% ../../nbs/01_data/01_images.ipynb #f5d49ea5
 def layout_advice(
     folder # of a data set, or one of its parts
 ) -> str: # without full stop
@@ -329,7 +337,8 @@ def layout_advice(
     folder = Path(folder)
     if coco := find_coco(folder): return f'{coco[0].relative_to(folder)} looks like COCO annotations: polyp-difom convert {folder} --out DATA'
     if (guess := guess_layout(folder)) and guess != Layout():
-        return f'looks like {"images and masks in two folders" if guess.masks else "masks with a suffix" if _subfolder(folder, "masks").is_dir() else "image + mask in one folder"}: give {layout_options(guess)}'
+        apart = 'masks with a suffix' if _subfolder(folder, 'masks').is_dir() else 'image + mask in one folder'
+        return f'looks like {"images and masks in two folders" if guess.masks else apart}: give {layout_options(guess)}'
     for child in _listing(folder):
         if any((child/name).is_dir() for name in ('TrainDataset', 'TestDataset', 'images')): return f'a data set is in {child.name}: give {child}'
     return f'{_describe(folder)}; expected images/ and masks/, TrainDataset/ with the two in it, or other folders given by --images and --masks'
@@ -339,6 +348,7 @@ def _check_lonely(folder, kind:str, lonely:list, mend:str, advice:str):
     "Raise `InputError` over pictures without partner."
     if lonely: raise InputError(f'{folder}: {kind}: {name_some(path.name for path in lonely)}; {advice or mend}')
 
+# %% ../../nbs/01_data/01_images.ipynb #61c8b035
 def list_pairs(
     folder, # of a data set, or one of its parts
     layout:Layout=Layout()
@@ -357,6 +367,7 @@ def _holds_images(folder:Path, layout:Layout) -> bool:
     images = _folders(folder, layout)[0]
     return images.is_dir() and (images != folder or bool(_pictures(folder)))
 
+# %% ../../nbs/01_data/01_images.ipynb #830a330f
 def train_folder(
     data, # with `TrainDataset/`, or a folder of pairs itself
     layout:Layout=Layout()
@@ -369,6 +380,7 @@ def train_folder(
     missing = f'no folder {layout.images}' if layout.images else 'neither TrainDataset/images nor images'
     raise InputError(f'{data}: {missing} in it; {layout_advice(data/"TrainDataset" if (data/"TrainDataset").is_dir() else data)}')
 
+# %% ../../nbs/01_data/01_images.ipynb #34f1d12f
 def train_pairs(
     data, # with `TrainDataset/`, or a folder of pairs itself
     layout:Layout=Layout()
@@ -393,13 +405,13 @@ def test_folders(
     if not found: raise InputError(f'{data}: no test set in {tests}; expected TestDataset/<set>/images and masks')
     return found
 
+# %% ../../nbs/01_data/01_images.ipynb #25c9df19
 def test_sets(
     data, # with `TestDataset/<set>/`, or a folder of pairs itself
     layout:Layout=Layout()
 ) -> dict: # set name -> list of `Pair`
     "The pairs of every test set. Raises `InputError` as `list_pairs` does."
     return {name: list_pairs(folder, layout) for name, folder in test_folders(data, layout).items()}
-
 test_folders.__test__ = test_sets.__test__ = False # pytest would collect functions of these names
 
 # %% ../../nbs/01_data/01_images.ipynb #d95af8d1
@@ -414,14 +426,17 @@ def _without_masks(names:list, layout:Layout) -> list:
     return [name for name in pictures if not is_mask(name.rsplit('.', 1)[0])]
 
 # %% ../../nbs/01_data/01_images.ipynb #aeffd61e
+def _listing_error(error:OSError): raise InputError(f'{error.filename}: cannot be read ({error.strerror})')
+
 def _files_below(files, root:str) -> list: # of paths, by their place below `root`
     if 'file' not in files.protocol: return sorted(path[len(root):].lstrip('/') for path in files.find(root))
     found, seen = [], set()
-    for place, folders, names in os.walk(root, followlinks=True):
+    for place, folders, names in os.walk(root, onerror=_listing_error, followlinks=True):
         folders[:] = [name for name in sorted(folders) if (real := os.path.realpath(f'{place}/{name}')) not in seen and not seen.add(real)]
         found += [os.path.relpath(f'{place}/{name}', root) for name in names]
     return sorted(found)
 
+# %% ../../nbs/01_data/01_images.ipynb #28ba9cae
 def _image_root(files, root:str, layout:Layout) -> str:
     "Where in a data set the images are; `root` itself if it is any other folder."
     inside = (layout.images,) if layout.images else ('images', 'image')
@@ -442,5 +457,5 @@ def list_images(
     else: place = start # `layout.images` elsewhere
     names = _without_masks(_files_below(files, start), layout)
     if layout.masks: names = [name for name in names if not name.startswith(f'{layout.masks}/')]
-    if not names: raise InputError(f'{source}: no images in it')
+    if not names: raise InputError(f'{source}: no images in it' + (f'; {_describe(source)}' if isinstance(source, Path) else ''))
     return [Path(place)/name if isinstance(source, Path) else f'{place}/{name}' for name in names]

@@ -45,6 +45,7 @@ def _decode_pair(pair:Pair, content:list, size:int, allow_empty:bool, above:int)
     mask = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)
     return np.asarray(image).transpose(2, 0, 1).copy(), np.asarray(mask, np.uint8)
 
+# %% ../../nbs/01_data/04_loaders.ipynb #aa0efa44
 def load_pair(
     pair:Pair,
     size:int, # side of the square both are resized to, in pixels
@@ -73,6 +74,7 @@ def _tell_broken(broken:list, total:int, allow_empty:bool):
     if broken: raise InputError(f'{len(broken)} broken of {total} pairs: {name_some(broken, 3)}; mend what `polyp-difom check` lists'
                                 + ('' if allow_empty else ' (frames without polyp: --allow-empty)'))
 
+# %% ../../nbs/01_data/04_loaders.ipynb #ac291c3b
 class PolypDataset:
     "Image and mask pairs at one size, decoded once and held in memory, with their `fingerprint`."
     def __init__(self,
@@ -108,6 +110,7 @@ def to_unit(
     image, mask, *target = batch
     return (image.float()/255, mask.float(), *(t.float() for t in target))
 
+# %% ../../nbs/01_data/04_loaders.ipynb #9fc0ea3b
 class Augment:
     "Flips per image and one size per batch: the paper's augmentation, drawn from torch's random numbers."
     def __init__(self,
