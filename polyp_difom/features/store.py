@@ -42,6 +42,8 @@ def new_array(group, name:str, shape:tuple, chunks:tuple, dtype:str='float16', f
     return group.create_array(name, compressors=codec, overwrite=True, **given)
 
 # %% ../../nbs/03_features/01_store.ipynb #1b5af6e6
+_metadata = 'zarr.json' if hasattr(zarr, 'create_array') else '.z*' # Zarr 3, Zarr 2
+
 def open_group(
     place, # path or address
     mode:str, # r, r+, a or w, as Zarr has it
@@ -50,7 +52,7 @@ def open_group(
     "A Zarr group. Raises `DamagedError` if its metadata cannot be read."
     place = to_place(place)
     store = getattr(zarr, 'DirectoryStore', Path)(place) if isinstance(place, Path) else place # Zarr 2, Zarr 3
-    with nullcontext() if mode == 'w' else damage_error(f'{place}/zarr.json', remedy): return zarr.open_group(store, mode=mode)
+    with nullcontext() if mode == 'w' else damage_error(f'{place}/{_metadata}', remedy): return zarr.open_group(store, mode=mode)
 
 # %% ../../nbs/03_features/01_store.ipynb #2539aa48
 def _chunk_rows(
@@ -64,8 +66,8 @@ def _chunk_rows(
     return {int(match[1]) for match in rows if match}
 
 # %% ../../nbs/03_features/01_store.ipynb #cbe31926
-_remedies = {'': 'remove this file and run `polyp-difom extract` again; no map is lost',
-             'features': 'remove this file and run `polyp-difom extract` again; no map is lost',
+_remedies = {'': 'remove it and run `polyp-difom extract` again; no map is lost',
+             'features': 'remove it and run `polyp-difom extract` again; no map is lost',
              'index': 'it knows which map belongs to which image: put it back from a copy, or remove the store and run `polyp-difom extract` again'}
 
 # %% ../../nbs/03_features/01_store.ipynb #61692b1b
@@ -118,9 +120,9 @@ def lock(self:FeatureStore):
 def _open(self:FeatureStore, path:str):
     "A group or an array of the store."
     maps = 'put it back from a copy, or remove its folder and run `polyp-difom extract` again'
-    with damage_error(f'{self.path}/{path}/zarr.json', _remedies.get(path, maps)):
+    with damage_error(f'{self.path}/{path}/{_metadata}', _remedies.get(path, maps)):
         found = self.group[path]
-        if path != 'features': found.shape # a group has none
+        if path != 'features': found.shape, dict(found.attrs) # a group has no shape; Zarr 2 reads attributes late
         return found
 
 # %% ../../nbs/03_features/01_store.ipynb #7a598b90
@@ -145,7 +147,7 @@ def _key(teacher:str) -> str:
 @patch(as_prop=True)
 def teachers(self:FeatureStore) -> list:
     "Names of the teachers whose maps are here."
-    with damage_error(f'{self.path}/features/zarr.json', _remedies['features']):
+    with damage_error(f'{self.path}/features/{_metadata}', _remedies['features']):
         return sorted(self.group['features'].attrs.get('teachers', [])) if 'features' in self.group else []
 
 # %% ../../nbs/03_features/01_store.ipynb #fe50b4a6

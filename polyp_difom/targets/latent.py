@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, nearest, parallel_map, unwritable_error
 from ..features.store import FeatureStore, new_array, open_group
 from .frequency import split_frequency, splits
-from .projection import fit_projection, joint_covariance, projections, resize, standardisations, teacher_gram
+from .projection import fit_projection, joint_covariance, projections, resize, sample, standardisations, teacher_gram
 
 # %% ../../nbs/05_targets/03_latent.ipynb #7140e4d1
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def _samples(store, teachers, images, field):
     for image in tqdm(images, desc='fitting targets', unit='image', leave=False):
         digest = image if isinstance(image, bytes) else file_hash(image)
         pixels = _positions(digest, field[0]*field[1])
-        maps = (resize(torch.from_numpy(store.read(teacher, digest)).float(), field) for teacher in teachers)
-        yield torch.cat([one.flatten(1)[:, pixels] for one in maps])
+        yield torch.cat([sample(torch.from_numpy(store.read(teacher, digest)), pixels, field) for teacher in teachers])
 
 # %% ../../nbs/05_targets/03_latent.ipynb #b552e63e
 def fit_targets(
@@ -193,7 +192,7 @@ def build_targets(
     path = _targets_folder(store)/_target_key(provenance, hashes, grid, channels, config)
     try:
         targets = TargetStore(path, images, grid, hashes)
-        parallel_map(targets.__getitem__, range(len(targets)), 'verifying targets')
+        parallel_map(lambda i: targets[i].size, range(len(targets)), 'verifying targets')
         return targets
     except DamagedError: pass # not there, or not what was written
     _make_targets(path, lambda draft: _write_targets(draft, store, hashes, fit_targets(store, hashes, grid, channels, config), provenance))
