@@ -9,15 +9,18 @@ __all__ = ['published_networks', 'square_window_low', 'TrainableFusion', 'RawMap
 
 # %% ../nbs/11_published.ipynb #ad652a5a
 import json, re
+from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import InputError, atomic_path, disk_full_error, name_some, nearest
-from .weights import read_weights
+from . import __version__
+from .core import InputError, atomic_path, disk_full_error, file_hash, name_some, nearest, printable
+from .weights import check_finite, read_weights
 from .features.store import FeatureStore
 from .students.blocks import Student
 from .students.unetpp import UNetPlusPlus
@@ -48,7 +51,7 @@ def square_window_low(
     window = _square_window(*x.shape[-2:], cutoff).to(x.device)
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum*window, dim=(-2, -1)))
 
-split_kinds['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
+splits['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
 
 # %% ../nbs/11_published.ipynb #32097e64
 class TrainableFusion(nn.Conv2d):
@@ -80,20 +83,6 @@ class RawMaps:
     def __getitem__(self, i): # (sum of C_k, *grid) float32
         maps = [torch.from_numpy(self.store.read(teacher, self.images[i])).float() for teacher in self.store.teachers]
         return torch.cat([resize(m, self.grid) for m in maps])
-
-# %% ../nbs/11_published.ipynb #91a0d4c5
-class TrainableFusion(nn.Conv2d):
-    "The fusion of the Polyp-DiFoM authors' notebook: 1x1 convolution, ReLU, 64x64, square window. Its weights are free to make the target zero."
-    def __init__(self,
-        n_in:int, # channels of all teachers
-        channels:int=256 # of the target, and of each latent
-    ): super().__init__(n_in, channels, 1)
-
-    def forward(self,
-        raw # (B, n_in, h, w) float32
-    ): # (B, 2, channels, 64, 64): LFC and HFC
-        fused = F.relu(resize(super().forward(raw), (64, 64)))
-        return torch.stack(split_frequency(fused, split='square'), 1)
 
 # %% ../nbs/11_published.ipynb #cfcdd14e
 class PublishedDistillation(Distillation):
@@ -140,9 +129,6 @@ def published_outputs(
         return [network.decode(features), *network.distillation_losses(features[-1], _noise_maps(x, network.teacher_channels))]
     outputs = network(x)
     return outputs if isinstance(outputs, list) else [outputs]
-
-# %% ../nbs/11_published.ipynb #94f9ba21
-splits['square'] = lambda x, cutoff: square_window_low(x, cutoff).real
 
 # %% ../nbs/11_published.ipynb #c335a115
 class PublishedNetwork(NamedTuple):
@@ -202,11 +188,10 @@ def _read_published(weights) -> dict: # key -> tensor
     return {k.removeprefix('module.'): v for k, v in weights.items() if torch.is_tensor(v) and not k.endswith(('total_ops', 'total_params'))}
 
 def _check_keys(name:str, source, weights:dict, needed:dict, unused:str): # needed: the authors' key -> shape
-    "Raise `InputError` that lists missing, unknown and ill-fitting keys, and tensors that hold NaN."
+    "Raise `InputError` that lists missing, unknown and ill-fitting keys."
     wrong = {'lacks': [k for k in needed if k not in weights and not k.endswith('num_batches_tracked')],
              'has unknown': [k for k in weights if k not in needed and not re.search(unused, k)],
-             'has another shape in': [k for k in needed if k in weights and weights[k].shape != needed[k]],
-             'holds NaN or infinity in': [k for k in needed if k in weights and not weights[k].isfinite().all()]}
+             'has another shape in': [k for k in needed if k in weights and weights[k].shape != needed[k]]}
     told = '; '.join(f'{what} {name_some(keys, 20)}' for what, keys in wrong.items() if keys)
     if told: raise InputError(f'{source}: not {name}: {told}')
 
@@ -220,6 +205,7 @@ def load_published(
     published, source = published_networks[name], f'weights of {name}' if isinstance(weights, dict) else weights
     weights, net = _read_published(weights), published.create(**options)
     ours = {published_key(k, published.renames): k for k in net.state_dict()}
+    check_finite(weights, source)
     _check_keys(name, source, weights, {k: net.state_dict()[key].shape for k, key in ours.items()}, published.unused)
     net.load_state_dict({ours[k]: v for k, v in weights.items() if k in ours}, strict=False)
     return net.eval()
