@@ -176,6 +176,7 @@ def _draw_spectrum(axis, named:dict, cutoff:float):
     axis.axvline(cutoff, color='gray', ls=':')
     axis.set(xlabel='frequency, fraction of Nyquist', ylabel='power')
 
+# %% ../../nbs/09_show/01_figures.ipynb #d9f64e80
 def show_spectrum(
     maps, # (C, h, w), or a dict of them: name -> maps
     cutoff:float=1/3 # fraction of Nyquist
@@ -232,6 +233,7 @@ def _mark_best(axis, log, colour:str):
     best = log['valid_dice'][::-1].idxmax()
     axis.plot(log['epoch'][best], log['valid_dice'][best], 'o', color=colour)
 
+# %% ../../nbs/09_show/01_figures.ipynb #429fa6a2
 def _draw_lines(axis, logs:dict, columns:dict):
     "A colour for each run, a line style for each column that it has."
     for i, (label, log) in enumerate(logs.items()):
@@ -241,6 +243,7 @@ def _draw_lines(axis, logs:dict, columns:dict):
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.get_legend_handles_labels()[0]: axis.legend(fontsize=8, ncols=max(2, len(logs)), frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.22))
 
+# %% ../../nbs/09_show/01_figures.ipynb #38052965
 _panels = {'segmentation loss': dict(seg='train', valid_loss='valid'), 'latent loss': dict(l1='L1', l2='L2'),
            'R² of the latents': dict(r2_l1='L1', r2_l2='L2'), 'validation Dice': dict(valid_dice='')}
 
