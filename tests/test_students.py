@@ -2,6 +2,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from fastai.callback.core import Callback
 import json
@@ -15,7 +16,6 @@ from polyp_difom.targets.latent import build_targets
 from polyp_difom.training.losses import latent_loss, output_loss, segmentation_loss
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.students.registry import create_student
-from polyp_difom.students import blocks
 from polyp_difom.students.blocks import encoder_modules, student_registry, timm_encoder
 from polyp_difom.training.callbacks import Distillation
 from polyp_difom.training.learner import difom_learner
@@ -81,8 +81,11 @@ def test_three_phases_freeze_the_encoder_and_nothing_else(name, data, features):
 
 
 def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, tmp_path):
-    def offline(*args, pretrained=False, **options): raise OSError('cannot find\nthe files in the local cache')
-    monkeypatch.setattr(blocks.timm, 'create_model', offline)
+    make = timm.create_model
+    def offline(*args, pretrained=False, **options):
+        if pretrained: raise OSError('cannot find\nthe files in the local cache')
+        return make(*args, **options)
+    monkeypatch.setattr(timm, 'create_model', offline)
     with pytest.raises(InputError) as told: train(data, tmp_path/'run', 'pranet')
     line = str(told.value)
     assert 'res2net50d' in line and '--backbone-weights FILE' in line and '--no-pretrained' in line

@@ -8,6 +8,7 @@ __all__ = ['student_registry', 'pad_to_multiple', 'crop', 'Student', 'eval_mode'
            'backbone_file', 'timm_encoder', 'fill_from_file']
 
 # %% ../../nbs/04_students/00_blocks.ipynb #90a66764
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,18 +158,20 @@ def register_student(
 def try_network(
     what:str, # it is, for the errors, as `student unet`
     make, # function without arguments, makes the network without pretrained weights
-    most:float=2e9 # parameters
+    most:float=1e9 # parameters; four GB in float32
 ):
     "See that a network can be made. Raises `InputError`."
     for device in ('meta', 'cpu'):
         try:
-            with torch.device(device): count = sum(p.numel() for p in make().parameters())
+            with warnings.catch_warnings(), torch.device(device):
+                warnings.simplefilter('ignore') # of layers without channels
+                count = sum(p.numel() for p in make().parameters())
             break
         except Exception as error:
             if device == 'meta' and 'meta tensor' in str(error): continue
             if isinstance(error, InputError): raise
-            raise InputError(f'{what}: {" ".join(str(error).split())[:200] or type(error).__name__}') from None
-    if count > most: raise InputError(f'{what}: {count/1e9:.0f} thousand million parameters; give smaller options')
+            raise InputError(f'{what}: cannot be made with these options ({" ".join(str(error).split())[:200] or type(error).__name__})') from None
+    if count > most: raise InputError(f'{what}: {count/1e9:.1f} thousand million parameters; give smaller options')
 
 # %% ../../nbs/04_students/00_blocks.ipynb #1a8304bd
 def backbone_file(
