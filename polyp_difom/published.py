@@ -195,6 +195,7 @@ def _check_keys(name:str, source, weights:dict, needed:dict, unused:str): # need
     told = '; '.join(f'{what} {name_some(keys, 20)}' for what, keys in wrong.items() if keys)
     if told: raise InputError(f'{source}: not {name}: {told}')
 
+# %% ../nbs/11_published.ipynb #e8b4c281
 def load_published(
     name:str, # see `published_networks`
     weights, # path of the published checkpoint, or its state dict, with the authors' keys

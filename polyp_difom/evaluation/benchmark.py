@@ -40,6 +40,7 @@ def _score_pair(probability, pair, above):
     if not np.isfinite(probability).all(): raise InputError(f'{pair.image}: the prediction is NaN; the weights of this run are damaged')
     return not mask.any(), *score_map(minmax_map(probability), mask, probability)
 
+# %% ../../nbs/10_evaluation/03_benchmark.ipynb #3c6e4644
 def score_set(
     model:PolypDiFoM, # in eval mode
     pairs:list, # of `Pair`
