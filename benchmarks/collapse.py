@@ -50,7 +50,7 @@ def train(arm, train_pairs, valid_pairs, store, given):
 def draw(arms, epochs):
     "Spread, losses, R² and Dice of both arms."
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.6), layout='constrained')
-    panels = (('target spread', ('spread_l1', 'spread_l2')), ('latent loss', ('l1', 'l2')), ('R² of L1 and L2', ('r2_l1', 'r2_l2')), ('validation Dice', ('valid_dice',)))
+    panels = (('target std', ('std_l1', 'std_l2')), ('latent loss', ('l1', 'l2')), ('R² of L1 and L2', ('r2_l1', 'r2_l2')), ('validation Dice', ('valid_dice',)))
     for axis, (title, columns) in zip(axes, panels):
         for arm, colour in ARMS.items():
             for column, style in zip(columns, ('-', '--')):

@@ -34,16 +34,17 @@ from common import RESULTS, processor, versions
 from fastai.callback.core import Callback
 from polyp_difom.core import atomic_path
 from polyp_difom.data.images import list_images, list_pairs, train_folder
+from polyp_difom.data.loaders import PolypDataset, polyp_dataloaders
 from polyp_difom.features.extract import extract_teacher
 from polyp_difom.features.store import FeatureStore
-from polyp_difom.model.model import PolypDiFoM
+from polyp_difom.model.model import PolypDiFoM, amp_dtype
 from polyp_difom.published import PublishedUNetPlusPlus
 from polyp_difom.students.registry import create_student
 from polyp_difom.targets.latent import build_targets
 from polyp_difom.targets.projection import resize
 from polyp_difom.teachers.registry import create_teacher
-from polyp_difom.training.callbacks import EpochLog
-from polyp_difom.training.learner import make_learner
+from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule
+from polyp_difom.training.learner import difom_learner
 from students import cpu_seconds_of_others
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
@@ -276,8 +277,12 @@ def learner(student, distilled, given):
     pairs = list_pairs(train_folder(given.data))
     torch.manual_seed(0)
     model = PolypDiFoM(create_student(student), distilled=distilled)
-    return make_learner(model, pairs[:2*given.batch], pairs[2*given.batch:][:1], given.features if distilled else None, given.size, (0, 1, 0), given.batch,
-                        scales=(1.,), device=given.device)
+    train_part, valid_part = pairs[:2*given.batch], pairs[2*given.batch:][:1]
+    targets = build_targets(FeatureStore(given.features), [pair.image for pair in train_part], model.latent_grid(given.size), model.latents.channels) if distilled else None
+    dls = polyp_dataloaders(PolypDataset(train_part, given.size, targets), PolypDataset(valid_part, given.size), given.batch, (1.,), torch.device(given.device))
+    model.precision = amp_dtype(torch.device(given.device))
+    cbs = [EpochSeed(0), PhaseSchedule((0, 1, 0)), EncoderFreeze(given.size)]
+    return difom_learner(dls, model, distill=Distillation() if distilled else None, cbs=cbs)
 
 
 def step_of(student, steps, given):

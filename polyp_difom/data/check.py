@@ -219,7 +219,7 @@ def _as_notes(problems:list) -> list:
 def _parts(data:Path, layout:Layout) -> tuple: # dict name -> folder of the training part, and of the test sets
     tests = test_folders(data, layout) if (data/'TestDataset').is_dir() else {}
     if tests and not (data/'TrainDataset').is_dir(): return {}, tests
-    return {'TrainDataset' if (data/'TrainDataset').is_dir() else data.resolve().name: train_folder(data, layout)}, tests
+    return {'TrainDataset' if (data/'TrainDataset').is_dir() else Path(os.path.realpath(data)).name: train_folder(data, layout)}, tests
 
 # %% ../../nbs/01_data/02_check.ipynb #ef650873
 def check(

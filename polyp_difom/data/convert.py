@@ -248,8 +248,8 @@ def convert(
     layout:Layout=Layout() # of image and mask files, if their names do not tell
 ) -> DataReport: # what was left out and why; what was taken in `summary`
     "Write a data set in the benchmark's layout. Raises `InputError` if there is nothing to take, or something where it would go."
-    source, out = Path(source), Path(out).resolve()
-    test_name = test_name or (source.resolve().name if source.is_dir() else source.stem)
+    source, out = Path(source), Path(os.path.realpath(out))
+    test_name = test_name or (Path(os.path.realpath(source)).name if source.is_dir() else source.stem)
     if test_name in ('.', '..') or '/' in test_name: raise InputError(f'test set {test_name}: give a name, not a path')
     items, problems = _items(source, categories, layout)
     named, left = _name_items(items)

@@ -399,7 +399,7 @@ def test_folders(
     tests = data/'TestDataset'
     if not tests.is_dir() or layout.images and Path(layout.images).is_absolute():
         if (data/'TrainDataset').is_dir(): raise InputError(f'{data}: no test set in {tests}; to score the training images, give {data/"TrainDataset"}')
-        return {data.resolve().name: train_folder(data, layout)}
+        return {Path(os.path.realpath(data)).name: train_folder(data, layout)}
     if _subfolder(tests, 'images').is_dir(): return {'TestDataset': tests}
     found = {path.name: path for path in _listing(tests) if path.is_dir() and not path.name.startswith('.')}
     if not found: raise InputError(f'{data}: no test set in {tests}; expected TestDataset/<set>/images and masks')

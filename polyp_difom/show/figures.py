@@ -4,14 +4,11 @@
 
 # %% auto #0
 __all__ = ['show_pairs', 'maps_to_colour', 'show_split', 'show_targets', 'share_below', 'radial_spectrum', 'show_spectrum',
-           'show_frequency', 'read_log', 'show_log', 'show_extremes', 'show_road']
+           'show_frequency', 'show_log', 'show_extremes', 'show_road']
 
 # %% ../../nbs/09_show/01_figures.ipynb #7c18692b
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,6 +19,7 @@ from ..features.store import FeatureStore
 from ..targets.frequency import low_mask, radial_frequency, split_frequency
 from ..targets.latent import TargetStore
 from ..model.model import PolypDiFoM, predict
+from ..training.runs import read_log
 
 # %% ../../nbs/09_show/01_figures.ipynb #1fc50e6d
 def _new_figure(width:float, height:float) -> Figure: # in inches
@@ -206,20 +204,6 @@ def show_frequency(
     _draw_spectrum(axis, {teacher: maps}, cutoff)
     axis.set_title(f'{share_below(_standardise(maps), cutoff):.0%} of the variance in LFC', fontsize=10)
     return figure
-
-# %% ../../nbs/09_show/01_figures.ipynb #3d5c39eb
-def read_log(
-    run # folder of a run
-) -> pd.DataFrame: # a row per finished epoch
-    "The log of a run. Raises `InputError` if there is none."
-    path = Path(run)/'log.csv'
-    if not path.is_file(): raise InputError(f'{path}: no such file; name the folder of a run that has finished an epoch')
-    try: log = pd.read_csv(path)
-    except ValueError as error: raise InputError(f'{path}: not the log of a run ({str(error).splitlines()[0]})') from None
-    lacking = [column for column in ('epoch', 'phase', 'seg', 'valid_dice') if column not in log]
-    if lacking: raise InputError(f'{path}: not the log of a run (it lacks {", ".join(lacking)})')
-    if log.empty: raise InputError(f'{path}: no finished epoch in it')
-    return log
 
 # %% ../../nbs/09_show/01_figures.ipynb #01d99484
 def _shade_phases(axis, log):

@@ -47,10 +47,12 @@ def create_student(
     "A student by name. Raises `InputError` for an unknown name or option, and for weights that are out of reach."
     name, weights, spec_options = parse_spec(spec)
     if weights: raise InputError(f'student {spec}: weights of a backbone are given as pretrained=FILE (--backbone-weights FILE)')
+    if twice := [key for key in spec_options if options.get(key, spec_options[key]) != spec_options[key]]: raise InputError(f'student {spec}: {twice[0]} is given twice')
     options = {key: str(value) if isinstance(value, Path) else value for key, value in (spec_options | options).items()}
     check_options(f'student {name}', options, student_options(name))
     kind, plain = _student_class(name), {key: value for key, value in options.items() if key != 'pretrained'}
     has_backbone = 'pretrained' in inspect.signature(kind).parameters
+    if not has_backbone and not isinstance(options.get('pretrained', True), bool): raise InputError(f'student {name}: has no backbone that weights could be loaded into; leave {options["pretrained"]} away')
     if name in student_registry: try_network(f'student {name}', partial(kind, **plain, **(dict(pretrained=False) if has_backbone else {})))
     student = kind(**(options if has_backbone else plain))
     student.config = dict(name=name, options=options)
