@@ -337,9 +337,9 @@ def test_summary_counts_area_and_empty_frames(own, pairs):
 
 @pytest.mark.real
 def test_check_of_the_published_data(real_data):
-    start = time.perf_counter()
+    start = time.process_time()
     report = check(real_data)
-    assert time.perf_counter() - start < 120
+    assert time.process_time() - start < 240, 'two minutes on two cores'
     assert report.errors == []
     found = Counter((p.kind, p.file.relative_to(real_data).parts[1]) for p in report)
     assert found['sequence across train and test', 'CVC-ClinicDB'] == 1 and sum(n for (kind, _), n in found.items() if kind.startswith('sequence')) == 1
