@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, check_number, disk_full_error, printable, read_options, to_place
+from ..core import InputError, atomic_path, check_number, disk_full_error, name_some, printable, read_options, to_place
 
 import pandas as pd
 import torch
@@ -77,27 +77,10 @@ class ConsoleProgress(Callback):
     def after_fit(self): self.close()
 
 # %% ../../nbs/07_training/04_runs.ipynb #f1e8a319
-_LARGEST = 1_000_000_000 # parameters; the largest student here has 31 million
-
-def _count_params(student:str, options:dict) -> int:
-    "Parameters of a student that is made without memory; 0 if it cannot be made so."
-    try:
-        with torch.device('meta'): return sum(p.numel() for p in create_student(student, **(options | dict(pretrained=False))).parameters())
-    except Exception: return 0 # what is wrong shows when it is made
-
-def _make_network(student, options:dict):
-    "A student by name, or the network of one's own as it is. Raises `InputError` for options it cannot be made with."
-    if not isinstance(student, str): return student
-    n = _count_params(student, options)
-    if n > _LARGEST: raise InputError(f'student {student}: would have {n/1e9:.3g} billion parameters; choose smaller options')
-    try: return create_student(student, **options)
-    except InputError: raise
-    except Exception as error: raise InputError(f'student {student}: cannot be made with {options} ({printable(error)[:100]})') from None
-
 def _make_model(student, options:dict, distilled:bool, config:TrainConfig, device) -> PolypDiFoM:
     "A model with weights drawn from the seed, the student's before the latents', so that both arms start from the same student."
     torch.manual_seed(config.seed)
-    network = _make_network(student, options)
+    network = create_student(student, **options) if isinstance(student, str) else student
     try: model = PolypDiFoM(network, distilled, precision=config.precision or amp_dtype(device))
     except InputError: raise
     except Exception as error: raise InputError(f'student {student}: no model can be made of it ({printable(error)[:100]})') from None
@@ -172,12 +155,13 @@ def _words(name:str, value) -> list:
     flag = f'--{name.replace("_", "-")}'
     if name == 'pretrained': return ['--backbone-weights', str(value)] if value else ['--no-pretrained']
     if value is True: return [flag]
+    if name == 'scales': value = value*(3//len(value)) # the command line takes three
     if name == 'teacher': return [word for one in value for word in (flag, one)]
     return [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
 
 def _command(data, out, student, features, **options) -> str:
     "What repeats a run: a command, or a call where something is of one's own making."
-    if not isinstance(student, str) or any(map(callable, options.values())):
+    if not isinstance(student, str) or any(map(callable, options.values())) or len(options.get('scales', (1,))) not in (1, 3):
         named = {'features': features and str(features), **{key: _name(value) if callable(value) else value for key, value in options.items()}}
         name = student if isinstance(student, str) else type(student).__name__
         return f'train({str(data)!r}, {str(out)!r}, {name}, ' + ', '.join(f'{key}={value!r}' for key, value in named.items()) + ')'
@@ -328,8 +312,10 @@ def _read_config(run:Path) -> dict:
     if not config.is_file(): raise InputError(f'{run}: no run in it; make one with `polyp-difom train`')
     try: held = json.loads(config.read_text())
     except ValueError: raise InputError(f'{config}: not readable; the run is damaged') from None
-    if not isinstance(held, dict) or not {'settings', 'fingerprints', 'data', 'features'} <= held.keys():
-        raise InputError(f'{config}: not made by `train` of this version; it cannot be resumed')
+    parts = dict(settings=dict, fingerprints=dict, data=str, features=(str, type(None)))
+    lacking = [name for name, kind in parts.items() if not isinstance(held, dict) or not isinstance(held.get(name, 0), kind)]
+    lacking = lacking or sorted({'student', 'options', 'distilled', 'layout', 'targets', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
+    if lacking: raise InputError(f'{config}: not what `train` of this version writes, so it cannot be resumed (it lacks {name_some(lacking)})')
     return held
 
 def _held_callable(name:str, known, kept, given, run):
