@@ -89,7 +89,7 @@ def _polyp_categories(coco:dict, wanted, file:Path) -> set: # of ids
         raise InputError(f'{file}: no category {name_some(unknown)}; there are {name_some(names.values())}')
     if wanted: return {i for i, name in names.items() if name in wanted}
     polyps = {i for i, name in names.items() if 'polyp' in name.lower()} if len(used) > 1 else used
-    if used and not polyps: raise InputError(f'{file}: categories {name_some(sorted(names.values()))}; say which is polyp, --category NAME')
+    if used and not polyps: raise InputError(f'{file}: categories {name_some(sorted(names.values()))}; say which is polyp, --categories NAME')
     return polyps
 
 # %% ../../nbs/01_data/03_convert.ipynb #bdf607a2
