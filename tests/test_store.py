@@ -325,7 +325,7 @@ def test_metadata_is_read_once_and_again_when_the_store_grows(store, frames, tmp
     assert features.array('coarse').shape[0] == 7 and np.array_equal(features.read('coarse', images[0]), FeatureStore(store).read('coarse', images[0]))
 
 
-def test_training_asks_for_teachers(fails, data, tmp_path):
+def test_training_asks_for_teachers(fails, polyp_difom, data, tmp_path):
     "Of two teachers in a store one is asked for; what is not there, or was made otherwise, is named."
     store, short = tmp_path/'store', dict(size=64, width=4, epochs=(0, 1, 0), batch_size=8, device='cpu', features=tmp_path/'store')
     extract(data, [COARSE, FINE], store, device='cpu')
@@ -334,8 +334,9 @@ def test_training_asks_for_teachers(fails, data, tmp_path):
     line = ['train', data, '--size', '64', '--width', '4', '--epochs', '0', '1', '0', '--batch-size', '8', '--device', 'cpu', '--features', store]
     assert 'no features of sam; it holds coarse, fine' in fails(*line, '--teacher', 'sam', '--out', tmp_path/'other')
     assert 'size 32 instead of 48' in fails(*line, '--teacher', 'filterbank,size=48,levels=1,name=coarse', '--out', tmp_path/'other')
-    assert 'teachers coarse' in fails(*line, '--teacher', 'fine', '--resume', '--out', tmp_path/'run')
+    refused = polyp_difom('train', '--resume', tmp_path/'run', '--teacher', 'fine')
+    assert refused.returncode == 2 and '--teacher does not go with --resume' in refused.err
     shutil.rmtree(store)
     extract(data, [COARSE.replace('levels=1', 'levels=2')], store, device='cpu')
-    assert 'teachers coarse levels 1 then, 2 now' in fails(*line, '--teacher', 'coarse', '--resume', '--out', tmp_path/'run')
+    assert 'teachers coarse levels 1 then, 2 now' in fails('train', '--resume', tmp_path/'run')
     assert not (tmp_path/'other').exists()
