@@ -18,7 +18,7 @@ demo: install
 
 test: install
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # For whoever edits notebooks: write the library, clean the notebooks, renew README.md.
 export: install

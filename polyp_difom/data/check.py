@@ -6,7 +6,7 @@
 __all__ = ['NEAR', 'Problem', 'DataReport', 'check']
 
 # %% ../../nbs/01_data/02_check.ipynb #a87ddf16
-import hashlib, re
+import hashlib, os, re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path

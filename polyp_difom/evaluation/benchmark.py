@@ -26,7 +26,7 @@ from ..data.loaders import fingerprint
 from ..model.model import PolypDiFoM, predict
 from ..deploy.predictor import read_run
 from ..show.figures import show_extremes
-from .metrics import METRICS, SegmentationMetrics, minmax_map, score_map
+from .metrics import SegmentationMetrics, minmax_map, score_map
 from .report import published, report_markdown
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #0792c77c

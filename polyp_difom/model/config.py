@@ -6,7 +6,7 @@
 __all__ = ['layer_options', 'check_config', 'make_fitting']
 
 # %% ../../nbs/06_model/00_config.ipynb #e5f363bf
-import math, re
+import re
 from inspect import Parameter, signature
 
 import torch

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..core import InputError, printable
+from ..core import printable
 from ..data.images import Pair, read_image, read_mask
 from ..features.store import FeatureStore
 from ..targets.frequency import low_mask, radial_frequency, split_frequency

@@ -8,7 +8,6 @@ __all__ = ['SmpStudent', 'DptStudent', 'find_network', 'smp_options', 'smp_stude
 # %% ../../nbs/04_students/05_external.ipynb #500076e8
 import inspect
 from functools import partial
-from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import timm
