@@ -90,10 +90,10 @@ def _check(data:DataFolder, images:ImagesOption=None, masks:MasksOption=None, ma
     _say(f'{data}: no problems, {len(report)} notes')
 
 def _print_report(report):
-    "Problems, a line each or a line for many alike; then the parts of a data set in numbers."
+    "Problems, a line each or a line for many alike; then each part in numbers, polyp areas in percent of the frame."
     for line in report.lines(): _say(line)
     rows = [[part, *(f'{value:.3g}' if isinstance(value, float) else str(value) for value in numbers.values())] for part, numbers in report.summary.items()]
-    if rows: _print_table([['part', *next(iter(report.summary.values()))], *rows])
+    if rows: _print_table([['part', *(name.replace('_', ' ') + ' %'*name.startswith('area') for name in next(iter(report.summary.values())))], *rows])
 
 # %% ../nbs/13_cli.ipynb #86645396
 @app.command('convert')
