@@ -88,7 +88,7 @@ def test_fit_sees_the_training_images_only(data, features, tmp_path):
 
 @pytest.mark.parametrize('option, told', [(dict(cutoff=float('nan')), 'cutoff: nan'), (dict(cutoff=float('inf')), 'cutoff: inf'), (dict(cutoff=-0.1), 'cutoff: -0.1'),
                                           (dict(cutoff=5), 'cutoff: 5 is not between 0 and 1.42'), (dict(cutoff='low'), 'cutoff: low'), (dict(cutoff=True), 'cutoff: True'),
-                                          (dict(projection_seed=-1), 'projection_seed: -1'), (dict(projection_seed=.5), 'projection_seed: 0.5'),
+                                          (dict(projection_seed=-1), 'projection_seed: -1'), (dict(projection_seed=.5), 'projection_seed: 0.5'), (dict(projection_seed=10**30), 'projection_seed: 1000'),
                                           (dict(split=None), 'unknown split None'), (dict(split=['hard']), 'unknown split')], ids=str)
 def test_an_option_that_makes_no_sense_is_refused(option, told):
     with pytest.raises(InputError, match=told): TargetConfig(**option)
