@@ -13,32 +13,19 @@ from polyp_difom import __version__
 RESULTS = Path(__file__).parent/'results'
 
 
-<<<<<<< HEAD
-def _words(line):
-    "Arguments of a command line; of a training that has begun, those that go on with it."
-    words = line.split()[1:]
-    begun = words[0] == 'train' and Path(words[words.index('--out') + 1])
-    return ['train', '--resume', str(begun)] if begun and (begun/'config.json').exists() else words
-=======
 def goes_on(line):
     "A command line; if it trains a run that was begun, the one that goes on with it."
     words = line.split()
     out = Path(words[words.index('--out') + 1]) if words[1] == 'train' else None
     return ['train', '--resume', str(out)] if out and (out/'config.json').exists() else words[1:]
->>>>>>> networks
 
 
 def run(steps):
     "Run `polyp-difom` command lines, step by step; those of one step side by side with a thread each. Training goes on where it was."
     for step in steps:
         environment = os.environ | (dict(OMP_NUM_THREADS='1') if len(step) > 1 else {})
-<<<<<<< HEAD
-        running = [subprocess.Popen([str(Path(sys.executable).parent/'polyp-difom'), *_words(line)], env=environment) for line in step]
-        if any(process.wait() for process in running): sys.exit('a command failed')
-=======
         running = [subprocess.Popen([str(Path(sys.executable).parent/'polyp-difom'), *goes_on(line)], env=environment) for line in step]
         if any([process.wait() for process in running]): sys.exit('a command failed')
->>>>>>> networks
 
 
 def processor():
