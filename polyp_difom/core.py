@@ -6,7 +6,7 @@
 __all__ = ['printable', 'InputError', 'name_some', 'atomic_path', 'to_place', 'filesystem', 'read_bytes', 'bytes_hash',
            'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error', 'memory_error',
            'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'check_number', 'heed_offline',
-           'hub_error']
+           'hub_error', 'find_device']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
 import ast, difflib, errno, glob, hashlib, os, re, reprlib, socket, stat, tempfile, warnings
@@ -262,3 +262,18 @@ def hub_error(
     "What to say, and what to do, when pretrained weights cannot be fetched."
     return InputError(f'pretrained weights of {name}: the hub cannot be reached ({" ".join(str(error).split())[:150]}); give a local file '
                       '(--backbone-weights FILE, pretrained=FILE) or start without (--no-pretrained, pretrained=False)')
+
+# %% ../nbs/00_core.ipynb #2a1fdf47
+def find_device(
+    device=None # name as `cuda:1`, or a `torch.device`; the fastest there is if None
+): # a `torch.device`
+    "A device that is there. Raises `InputError` for one that is not."
+    import torch # takes seconds; this notebook does without
+    fastest = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(fastest if device is None else device)
+        torch.zeros(1, device=device).item() # not on `meta`
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise InputError(f'device {device}: not on this machine; choose {", ".join(there)}') from None
+    return device

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'PIXEL_LIMIT', 'NOISE', 'open_image', 'decode_image', 'orientation', 'read_image',
            'MaskError', 'read_mask', 'Layout', 'find_images', 'Pair', 'pair_up', 'guess_layout', 'find_coco',
            'layout_options', 'layout_advice', 'list_pairs', 'train_folder', 'train_pairs', 'test_folders', 'test_sets',
-           'list_images']
+           'list_images', 'to_picture']
 
 # %% ../../nbs/01_data/01_images.ipynb #629b695f
 import os, re, shlex
@@ -459,3 +459,22 @@ def list_images(
     if layout.masks: names = [name for name in names if not name.startswith(f'{layout.masks}/')]
     if not names: raise InputError(f'{source}: no images in it' + (f'; {_describe(source)}' if isinstance(source, Path) else ''))
     return [Path(place)/name if isinstance(source, Path) else f'{place}/{name}' for name in names]
+
+# %% ../../nbs/01_data/01_images.ipynb #f51ea629
+def _from_array(array) -> Image.Image:
+    "RGB from (H, W, 3), uint8 or float in 0..1. Raises `InputError` for anything else."
+    array = np.asarray(array)
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape: raise InputError(f'array of shape {array.shape}: a picture is (H, W, 3), RGB')
+    if array.dtype == np.uint8: return Image.fromarray(np.ascontiguousarray(array))
+    if array.dtype.kind != 'f': raise InputError(f'array of {array.dtype}: give uint8 in 0..255, or float in 0..1')
+    if not (array.min() >= 0 and array.max() <= 1): raise InputError(f'float array of {array.min():g} to {array.max():g}: give float in 0..1, or uint8 in 0..255')
+    return Image.fromarray((array*255).round().astype(np.uint8))
+
+# %% ../../nbs/01_data/01_images.ipynb #75527c9b
+def to_picture(picture) -> Image.Image:
+    "Upright RGB of 8 bits, from a path, a picture of Pillow's, or an array. Raises `InputError`."
+    if isinstance(picture, (str, os.PathLike)): return read_image(picture)
+    if not isinstance(picture, Image.Image): return _from_array(picture)
+    if picture.mode[0] in 'IF': raise InputError(f'picture of mode {picture.mode}: give the path of its file, or 8 bits a channel')
+    try: return ImageOps.exif_transpose(picture).convert('RGB')
+    except (OSError, SyntaxError, ValueError) as error: raise InputError(f'picture of Pillow\'s: cannot be decoded ({error})') from None

@@ -76,7 +76,7 @@ def _tell_broken(broken:list, total:int, allow_empty:bool):
 
 # %% ../../nbs/01_data/04_loaders.ipynb #ac291c3b
 class PolypDataset:
-    "Image and mask pairs at one size, decoded once and held in memory, with their `fingerprint`."
+    "Image and mask pairs at one size, decoded once and held in memory, with their `fingerprint`, and what each image is known by (`image_hashes`)."
     def __init__(self,
         pairs:list, # of `Pair`
         size:int, # side in pixels
@@ -87,12 +87,12 @@ class PolypDataset:
         def load(pair):
             try:
                 content = [read_bytes(path) for path in pair]
-                return *_decode_pair(pair, content, size, allow_empty, above), _pair_hash(content)
+                return *_decode_pair(pair, content, size, allow_empty, above), _pair_hash(content), bytes_hash(content[0]).hex()
             except InputError as error: return error
         loaded = parallel_map(load, pairs, f'reading {size}x{size}')
         _tell_broken([item for item in loaded if isinstance(item, InputError)], len(pairs), allow_empty)
         self.pairs, self.targets = pairs, targets
-        images, masks, hashes = zip(*loaded)
+        images, masks, hashes, self.image_hashes = zip(*loaded)
         self.images, self.masks = (torch.from_numpy(np.stack(part)) for part in (images, masks))
         self.fingerprint = _combine(hashes)
 

@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
+from ..core import InputError, atomic_path, bytes_hash, disk_full_error, file_hash, parallel_map, printable
 from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
 from ..data.loaders import fingerprint
 from ..model.model import PolypDiFoM, predict
@@ -140,6 +140,13 @@ def _results_folder(run) -> Path:
     return out
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #74efaa63
+def _count_seen(run, pairs:list) -> int:
+    "How many of these images the run was trained or selected on, told by their bytes."
+    files = Path(run)/'files.csv'
+    if not files.is_file(): return 0
+    seen = set(pd.read_csv(files).get('image_hash', ()))
+    return sum(file_hash(pair.image).hex() in seen for pair in pairs)
+
 def evaluate(
     run, # folder made by `train` or `import_published`
     data, # data set: with TestDataset/<set>/, or a set itself
@@ -153,7 +160,7 @@ def evaluate(
     report, beside, written = _describe(run, data, layout, settings) | dict(sets={}), published(settings['student'], settings['distilled']), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
-        report['sets'][name] = summary | dict(fingerprint=fingerprint(pairs), published=beside.get(name, {}))
+        report['sets'][name] = summary | dict(fingerprint=fingerprint(pairs), trained_on=_count_seen(run, pairs), published=beside.get(name, {}))
         written |= files
     report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
     texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}

@@ -74,7 +74,9 @@ def report_note(
     if any(scores['published'] for scores in sets): parts.append('ours/published (paper: 352 px, 120 epochs)')
     empty = sum(scores['empty'] for scores in sets)
     frames = f'; {empty} of {sum(scores["images"] for scores in sets)} frames hold no polyp: their Dice_05 is 1 if nothing is predicted, else 0' if empty else ''
-    return ', '.join(parts) + frames
+    seen = sum(scores.get('trained_on', 0) for scores in sets)
+    memory = f'; the run was trained or selected on {seen} of these frames: scores on them say nothing about new ones' if seen else ''
+    return ', '.join(parts) + frames + memory
 
 # %% ../../nbs/10_evaluation/02_report.ipynb #1f27be87
 # ours -> the paper's

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from ..core import InputError, bytes_hash, disk_full_error, file_hash, memory_error, name_some, parallel_map, read_bytes, unwritable_error
+from ..core import bytes_hash, disk_full_error, file_hash, find_device, InputError, memory_error, name_some, parallel_map, read_bytes, unwritable_error
 from ..data.images import Layout, list_images, read_image
 from ..teachers.base import Teacher
 from ..teachers.registry import create_teacher
@@ -158,13 +158,6 @@ def extract_teacher(
     tell_broken(unreadable + broken, len(images))
     return done
 
-# %% ../../nbs/03_features/02_extract.ipynb #442bb642
-def _fastest_device(device=None) -> torch.device:
-    "The one asked for, or the fastest. Raises `InputError` if it is not here."
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error: raise InputError(f'device {device}: not on this machine ({str(error).splitlines()[0]}); choose cpu') from None
-
 # %% ../../nbs/03_features/02_extract.ipynb #e0880060
 def extract(
     data, # data set of any layout, folder of pictures, or address of one
@@ -178,7 +171,7 @@ def extract(
 ) -> list: # a report per teacher, see `report`
     "Features of all images that `list_images` finds, into a store; a second call does what is missing. Raises `InputError`, for broken pictures at the end."
     if batch_size < 1: raise InputError(f'batch size {batch_size}: at least 1')
-    listed, device, reports = list_images(data, layout), _fastest_device(device), []
+    listed, device, reports = list_images(data, layout), find_device(device), []
     images, hashes, errors = hash_images(listed)
     if not images: tell_broken(errors, len(listed))
     for spec in teachers:

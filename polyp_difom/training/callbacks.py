@@ -98,7 +98,7 @@ class Distillation(TrainColumns):
         learns, coverage = _phase(self.learn, 2) >= 2, self.model.coverage(*self.x.shape[-2:])
         with torch.set_grad_enabled(learns):
             self.pairs = [align_latent(latent, self.target[0][:, i], coverage) for i, latent in enumerate(self.outputs)]
-            low, high = (self.distance(*pair) for pair in self.pairs)
+            with torch.random.fork_rng([]): low, high = (self.distance(*pair) for pair in self.pairs) # what a distance draws changes no picture
         self.batches.append(torch.stack([self.loss_grad.detach(), low.detach(), high.detach()]))
         if not learns: return
         self.learn.loss_grad = sum(weight*loss for weight, loss in zip(self.lambdas, (self.loss_grad, low, high)))
@@ -221,12 +221,14 @@ class StopOnDivergence(Callback):
     def after_epoch(self):
         valid_loss = dict(zip(self.recorder.metric_names[1:], self.final_record)).get('valid_loss', 0)
         if not math.isfinite(valid_loss): self.stop(f'the validation loss is {valid_loss}')
+        for name, value in getattr(getattr(self.learn, 'distillation', None), 'values', {}).items():
+            if not math.isfinite(value): self.stop(f'the mean of {name} is {value}')
         spoilt = [name for name, t in self.model.state_dict().items() if not t.isfinite().all()]
         if spoilt: self.stop(f'no numbers in {name_some(spoilt, 3)}')
 
     def stop(self, what:str):
         raise InputError(f'epoch {self.epoch + 1}, {what}; training stopped, and what finished epochs left is kept: '
-                         f'lower the learning rate (now {self.opt.hypers[-1]["lr"]:.3g}), or look at these files and their features')
+                         f'look at these files and their features, or start a new run with a lower learning rate (now {self.opt.hypers[-1]["lr"]:.3g})')
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #541d4c1f
 class EpochLog(Callback):

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
-from PIL import Image
 
 from ..weights import read_tensors, save_tensors
-from ..data.images import read_image
+from ..data.images import to_picture
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
 from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score
@@ -164,12 +163,10 @@ def fit_phases(self:Learner,
 # %% ../../nbs/07_training/03_learner.ipynb #71ad4b36
 @patch
 def predict(self:DifomLearner,
-    image # path, PIL image, or array (H, W, 3) uint8
+    image # path, PIL picture, or array (H, W, 3) of uint8, or of floats in 0..1
 ) -> np.ndarray: # (H, W) probability of polyp in 0..1, float32
     "Probability map of one picture, at its own size."
-    if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    if not isinstance(image, Image.Image): image = read_image(image)
-    return predict_map(self.model, image.convert('RGB'), self.dls.valid.dataset[0][0].shape[-1])
+    return predict_map(self.model, to_picture(image), self.dls.valid.dataset[0][0].shape[-1])
 
 # %% ../../nbs/07_training/03_learner.ipynb #7071ed06
 def learner_tensors(learn, with_opt:bool=True) -> dict: # name -> tensor

@@ -7,18 +7,19 @@ __all__ = ['Checkpoint', 'ConsoleProgress', 'read_log', 'draw_log', 'summary_lin
 
 # %% ../../nbs/07_training/04_runs.ipynb #e4196927
 import json, platform, re, shlex, sys, time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, check_number, disk_full_error, name_some, printable, read_options, to_place
+from ..core import InputError, atomic_path, check_number, disk_full_error, find_device, name_some, printable, read_options, to_place
 
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from matplotlib.figure import Figure
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..weights import read_tensors, save_tensors
@@ -28,7 +29,7 @@ from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
 from ..targets.latent import TargetConfig, build_targets
-from ..model.model import PolypDiFoM, amp_dtype, find_device, save_model
+from ..model.model import PolypDiFoM, amp_dtype, save_model
 from .losses import OutputLoss, latent_losses, losses
 from .callbacks import Distillation, EpochLog, EpochSeed, dice_score
 from .learner import TrainConfig, difom_learner, learner_tensors, load_learner_tensors
@@ -174,17 +175,30 @@ def _free_folder(out) -> Path:
     "A folder that a run can be written to. Raises `InputError` for one that holds something."
     out = Path(out)
     if out.exists() and not out.is_dir(): raise InputError(f'{out}: is a file; a run is a folder')
-    if (out/'config.json').exists(): raise InputError(f'{out}: holds a run already; go on with it ({_resume_command(out)}) or choose another --out')
-    if out.is_dir() and any(out.iterdir()): raise InputError(f'{out}: is a folder of something else; choose another --out')
+    if (out/'last.safetensors').exists(): raise InputError(f'{out}: holds a run already; go on with it ({_resume_command(out)}) or choose another --out')
+    begun = {'config.json', 'files.csv'} # of a run that ended before its first epoch did
+    if out.is_dir() and not {path.name for path in out.iterdir()} <= begun: raise InputError(f'{out}: is a folder of something else; choose another --out')
     return out
+
+@contextmanager
+def _alone(out:Path):
+    "One training at a time in a folder. Raises `InputError` where another is at work."
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out/'.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout: raise InputError(f'{out}: another training is at work in it; wait, or choose another --out') from None
+    try: yield
+    finally:
+        (out/'.lock').unlink(missing_ok=True)
+        lock.release()
 
 def _write_config(out:Path, config:dict):
     with disk_full_error(out), atomic_path(out/'config.json') as path: path.write_text(json.dumps(config, indent=1))
 
 def _write_files(out:Path, learn):
-    "The images of both parts, in their order."
-    rows = [dict(part=part, image=printable(pair.image), mask=printable(pair.mask))
-            for part, dataset in (('train', learn.dls.train.dataset), ('valid', learn.dls.valid.dataset)) for pair in dataset.pairs]
+    "The images of both parts, in their order, and the hashes of their bytes."
+    rows = [dict(part=part, image=printable(pair.image), mask=printable(pair.mask), image_hash=digest)
+            for part, dataset in (('train', learn.dls.train.dataset), ('valid', learn.dls.valid.dataset)) for pair, digest in zip(dataset.pairs, dataset.image_hashes)]
     with disk_full_error(out), atomic_path(out/'files.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
 
 # %% ../../nbs/07_training/04_runs.ipynb #483ea869
@@ -256,8 +270,10 @@ def summary_lines(
     "What came of a run, and what to do next."
     config = json.loads((Path(run)/'config.json').read_text())
     minutes, seconds = divmod(round(config['seconds']), 60)
-    return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s',
-            f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(config["data"]))}']
+    data = Path(config['data'])
+    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))}' if (data/'TestDataset').is_dir() else
+                 f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA')
+    return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', next_step]
 
 # %% ../../nbs/07_training/04_runs.ipynb #2c56c6c5
 @dataclass(frozen=True)
@@ -292,12 +308,13 @@ def train(
     model = _make_model(student, own.given(), features is not None, config, place)
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
     changed = _changed(layout, target_config, config) | own.given() | ({} if device is None else dict(device=str(device)))
-    _write_config(out, dict(settings=_settings(learn, student, layout, target_config, config), fingerprints=_fingerprints(learn),
-                            data=str(Path(data).absolute()), features=features and str(_absolute(features)),
-                            command=_command(data, out, student, features, **changed), argv=printable(shlex.join(sys.argv)), versions=_versions(),
-                            device=_describe(place), started=time.strftime('%Y-%m-%d %H:%M:%S')))
-    _write_files(out, learn)
-    _fit(learn, out, config, [], board)
+    with _alone(out):
+        _write_config(out, dict(settings=_settings(learn, student, layout, target_config, config), fingerprints=_fingerprints(learn),
+                                data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+                                command=_command(data, out, student, features, **changed), argv=printable(shlex.join(sys.argv)), versions=_versions(),
+                                device=_describe(place), started=time.strftime('%Y-%m-%d %H:%M:%S')))
+        _write_files(out, learn)
+        _fit(learn, out, config, [], board)
     return out
 
 def _absolute(place):
@@ -393,6 +410,12 @@ def resume(
     if tensors: load_learner_tensors(learn, tensors, last)
     if len(kept['rows']) == sum(config.epochs): return run
     board = [_tensorboard(run)] if tensorboard else []
-    _write_config(run, held | dict(settings=settings | dict(epochs=list(config.epochs)), data=str(Path(data).absolute()), features=features and str(_absolute(features))))
-    _fit(learn, run, config, kept['rows'], board)
+    own = {name: value for name, value in settings['options'].items() if name in ('width', 'pretrained')}
+    spec = ','.join([settings['student'], *(f'{name}={value}' for name, value in settings['options'].items() if name not in own)])
+    changed = _changed(layout, target_config, config) | own
+    part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(place), versions=_versions(), epochs_before=len(kept['rows']))
+    with _alone(run):
+        _write_config(run, held | dict(settings=settings | dict(epochs=list(config.epochs)), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+                                       command=_command(data, run, student or spec, features, **changed), resumed=[*held.get('resumed', []), part]))
+        _fit(learn, run, config, kept['rows'], board)
     return run
