@@ -38,6 +38,7 @@ def _check_parts(dls, model, distill):
     if distill and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
     if with_targets and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
 
+# %% ../../nbs/07_training/03_learner.ipynb #21cd5d3a
 def difom_learner(
     dls, # as from `polyp_dataloaders`
     model:PolypDiFoM,
@@ -68,6 +69,7 @@ def _draw(
         for mask, colour in zip(outlines, ('white', 'cyan')):
             if mask.max() > 0.5 >= mask.min(): axis.contour(mask[0].float(), [0.5], colors=colour, linewidths=1.2)
 
+# %% ../../nbs/07_training/03_learner.ipynb #679f969a
 @patch
 def show_batch(self:DifomLearner,
     ds_idx:int=0, # 0 for the training part, augmented, 1 for the validation part
@@ -179,6 +181,7 @@ def learner_tensors(learn, with_opt:bool=True) -> dict: # name -> tensor
     states = optimiser.state_dict()['state'] if optimiser else {}
     return tensors | {f'optimizer.{i}.{key}': value for i, state in states.items() for key, value in state.items() if torch.is_tensor(value)}
 
+# %% ../../nbs/07_training/03_learner.ipynb #b14ac610
 def load_learner_tensors(learn, tensors:dict, path):
     "Put `learner_tensors` back. Raises `InputError` with the file's name if they do not fit."
     try: learn.model.load_state_dict({name.removeprefix('model.'): t for name, t in tensors.items() if name.startswith('model.')})

@@ -113,7 +113,7 @@ def _name(value):
     if callable(value): return f'{getattr(value, "__module__", "")}:{getattr(value, "__qualname__", type(value).__name__)}'
     return list(value) if isinstance(value, tuple) else value
 
-def _settings(learn, student, layout, target_config, config) -> dict:
+def _settings(learn, layout, target_config, config) -> dict:
     "All that decides what comes of a run."
     network, datasets = learn.model.student, (learn.dls.train.dataset, learn.dls.valid.dataset)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
@@ -223,6 +223,7 @@ def _close(out:Path):
                                      best_epoch=int(best.epoch), best_dice=round(float(best.valid_dice), 4)))
     with disk_full_error(out), atomic_path(out/'curves.png') as path: draw_log(log).savefig(path, format='png', dpi=80)
 
+# %% ../../nbs/07_training/04_runs.ipynb #1428f335
 def _tensorboard(out:Path) -> Callback:
     "fastai's callback for TensorBoard. Raises `InputError` if that is not installed."
     try: from fastai.callback.tensorboard import TensorBoardCallback
@@ -234,6 +235,7 @@ def _tensorboard(out:Path) -> Callback:
             for name, value in told.items(): self.writer.add_scalar(name, value, self.train_iter)
     return Board(Path(out)/'tensorboard', trace_model=False, log_preds=False)
 
+# %% ../../nbs/07_training/04_runs.ipynb #6e028ac0
 def _fit(learn, out:Path, config:TrainConfig, rows:list, cbs:list):
     "Fit from the first epoch that is not in `rows`."
     progress, ended = ConsoleProgress(), False
@@ -272,6 +274,19 @@ class _StudentOptions:
     def given(self) -> dict: # for `create_student`
         return {key: value for key, value in (('width', self.width), ('pretrained', self.pretrained)) if value is not None and value is not True}
 
+def _absolute(place):
+    "A place on this machine by its whole path, an address as it is."
+    place = to_place(place)
+    return place.absolute() if isinstance(place, Path) else place
+
+def _open_run(out:Path, learn, data, features, settings:dict, command:str, device):
+    "Write what a run begins with."
+    _write_config(out, dict(settings=settings, fingerprints=_fingerprints(learn), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+                            command=command, argv=printable(shlex.join(sys.argv)), versions=_versions(), device=_describe(device),
+                            started=time.strftime('%Y-%m-%d %H:%M:%S')))
+    _write_files(out, learn)
+
+# %% ../../nbs/07_training/04_runs.ipynb #92723067
 def train(
     data, # data set, see `Layout`
     out, # folder of the run, new or empty
@@ -292,18 +307,9 @@ def train(
     model = _make_model(student, own.given(), features is not None, config, place)
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
     changed = _changed(layout, target_config, config) | own.given() | ({} if device is None else dict(device=str(device)))
-    _write_config(out, dict(settings=_settings(learn, student, layout, target_config, config), fingerprints=_fingerprints(learn),
-                            data=str(Path(data).absolute()), features=features and str(_absolute(features)),
-                            command=_command(data, out, student, features, **changed), argv=printable(shlex.join(sys.argv)), versions=_versions(),
-                            device=_describe(place), started=time.strftime('%Y-%m-%d %H:%M:%S')))
-    _write_files(out, learn)
+    _open_run(out, learn, data, features, _settings(learn, layout, target_config, config), _command(data, out, student, features, **changed), place)
     _fit(learn, out, config, [], board)
     return out
-
-def _absolute(place):
-    "A place on this machine by its whole path, an address as it is."
-    place = to_place(place)
-    return place.absolute() if isinstance(place, Path) else place
 
 # %% ../../nbs/07_training/04_runs.ipynb #4250e88d
 def _read_config(run:Path) -> dict:
@@ -346,13 +352,16 @@ def _extend(config:TrainConfig, epochs, done:int, distilled:bool, run) -> TrainC
 def _listed(epochs) -> str: return ' '.join(map(str, epochs))
 
 # %% ../../nbs/07_training/04_runs.ipynb #b8c4adcf
-def _own_student(settings:dict, student, run):
-    "The student of a run, by name and options, or as given."
-    if student is not None: return student
-    name = settings['student']
-    if name in list_students() or str(name).startswith('smp/'): return name
-    raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
+def _make_again(settings:dict, student, config, device, run, fresh:bool) -> PolypDiFoM:
+    "The model of a run. Backbone weights are fetched only for one that has no weights of its own yet."
+    name, options = settings['student'], settings['options']
+    if student is not None: return _make_model(student, {}, settings['distilled'], config, device)
+    if name not in list_students() and not str(name).startswith('smp/'): raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
+    model = _make_model(name, options if fresh else options | dict(pretrained=False), settings['distilled'], config, device)
+    model.student.config = dict(name=name, options=options)
+    return model
 
+# %% ../../nbs/07_training/04_runs.ipynb #581be20b
 def _differences(held, now, name=''):
     "What differs between two nested dicts, leaf by leaf."
     if isinstance(held, dict) and isinstance(now, dict):
@@ -366,6 +375,7 @@ def _check_same(held:dict, learn, run, data, features):
     other += _differences(dict(teachers=held['settings'].get('teachers')), json.loads(json.dumps(dict(teachers=_teachers(learn)))))
     if other: raise InputError(f'{run}: cannot be resumed with other data than it began with ({data}{f", {features}" if features else ""}): {"; ".join(other)}')
 
+# %% ../../nbs/07_training/04_runs.ipynb #20145ae8
 def resume(
     run, # folder of a run
     epochs=None, # of the three phases; more than before to extend a run
@@ -384,10 +394,9 @@ def resume(
     target_config = replace(target_config, teacher=target_config.teacher or tuple(settings['teachers'])) # the store may hold more of them by now
     data, features, place = data or held['data'], (features or held['features']) if settings['distilled'] else None, find_device(device)
     tensors, kept = read_tensors(last) if last.exists() else ({}, dict(rows=[]))
+    if not isinstance(kept.get('rows'), list): raise InputError(f'{last}: not what `train` writes; the run is damaged')
     if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'], run)
-    options = settings['options'] | (dict(pretrained=False) if tensors else {})
-    model = _make_model(_own_student(settings, student, run), options, settings['distilled'], config, place)
-    if student is None: model.student.config = dict(name=settings['student'], options=settings['options'])
+    model = _make_again(settings, student, config, place, run, fresh=not tensors)
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
     _check_same(held, learn, run, data, features)
     if tensors: load_learner_tensors(learn, tensors, last)
