@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.foundation import L
 from PIL import Image
 
 from ..weights import read_tensors, save_tensors
@@ -45,14 +46,14 @@ def difom_learner(
     loss_func=None, # of (logits, mask), each (B, 1, H, W): any callable, or a name of `losses`; the student's own if None. It is summed over side outputs
     distill:Distillation=None, # None for the undistilled baseline
     metrics=(dice_score,), # callables of (logits, mask), or fastai metrics, on the validation part
-    cbs=(), # more fastai callbacks
+    cbs=(), # more fastai callbacks, or one
     **learner_options # of fastai's `Learner`
 ) -> DifomLearner:
     "A fastai learner for a student, distilled or not. Raises `InputError` for parts that do not fit together."
     _check_parts(dls, model, distill)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
     watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None))] if distill else []
-    return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *cbs], **(dict(opt_func=adam) | learner_options))
+    return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 
 # %% ../../nbs/07_training/03_learner.ipynb #478323da
 def _draw(
