@@ -514,3 +514,21 @@ def test_config_is_frozen_and_its_own_judge():
     config = TrainConfig(epochs=[1, 2, 3])
     assert config.epochs == (1, 2, 3)
     with pytest.raises(AttributeError): config.lr = 3
+
+
+@pytest.mark.real
+def test_forty_real_frames_in_a_learner(real_data, tmp_path):
+    "Real frames of many sizes: three phases, a prediction at the frame's own size, a run that is extended."
+    for kind in ('images', 'masks'): (tmp_path/'data'/kind).mkdir(parents=True)
+    for pair in train_pairs(real_data)[::37]:
+        for kind, path in (('images', pair.image), ('masks', pair.mask)): (tmp_path/'data'/kind/path.name).symlink_to(path.resolve())
+    extract(tmp_path/'data', ['filterbank'], tmp_path/'store', device='cpu')
+    model = small_model(student=create_student('unet', width=8))
+    learn = difom_learner(parts_of(tmp_path/'data', tmp_path/'store', 96, model), model, distill=Distillation(), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_phases((3, 2, 1), lr=2e-3)
+    table = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
+    assert table.seg.iloc[-1] < table.seg.iloc[0] and table.l1.iloc[-1] < table.l1.iloc[2]
+    picture = train_pairs(tmp_path/'data')[0].image
+    assert learn.predict(picture).shape == Image.open(picture).size[::-1]
+    run = train(tmp_path/'data', tmp_path/'run', features=tmp_path/'store', **(SHORT | dict(size=96)))
+    assert len(read_log(resume(run, epochs=(1, 1, 2), device='cpu'))) == 4
