@@ -46,9 +46,10 @@ def main():
     "Entry point of `polyp-difom`."
     warnings.simplefilter('ignore', FutureWarning) # notices of libraries to their developers
     try: app()
+    except SystemExit as end: _fail('interrupted; the same command goes on, or starts again', 130) if end.code == 130 else sys.exit(end.code)
+    except MemoryError: _fail('not enough memory')
     except InputError as error: _fail(error.message)
     except OSError as error: _fail(f'{error.filename or ""}: {error.strerror or error}'.lstrip(': '))
-    except KeyboardInterrupt: _fail('interrupted', 130)
 
 # %% ../nbs/13_cli.ipynb #475ecc84
 def _show_version(wanted:bool):
@@ -142,11 +143,11 @@ def _extract(
     engine:Annotated[str, typer.Option(help='local, or ray: on the Ray cluster of RAY_ADDRESS, or a new one on this machine.')]='local',
     workers:Annotated[Optional[int], typer.Option(help='With --engine ray, how many; one for each GPU, or CPU, by default.', min=1)]=None,
     device:Annotated[Optional[str], typer.Option(help='With --engine local: cuda, cpu …; the fastest there is by default.')]=None,
-    images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None,
+    images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None, mask_above:AboveOption=128,
 ):
     "Run frozen teachers over images, once. Interrupted, the same command does what is missing."
     _check_engine(engine, views, device, workers)
-    options = dict(flips=bool(views), layout=_layout(images, masks, mask_suffix, 128), **({} if verify is None else dict(verify=verify)))
+    options = dict(flips=bool(views), layout=_layout(images, masks, mask_suffix, mask_above), **({} if verify is None else dict(verify=verify)))
     if engine == 'ray':
         from polyp_difom.features.cluster import extract_on_cluster
         reports = extract_on_cluster(data, teacher, out, batch_size, workers, **options)
@@ -198,7 +199,7 @@ def _train(
 ):
     "Train a student in three phases, or undistilled. The best epoch is chosen on a validation part, never on a test set."
     given = _given(context)
-    if given.get('split') == 'square': import polyp_difom.published # knows the authors' window
+    import polyp_difom.published # adds the authors' window to the splits
     from polyp_difom.training.runs import summary_lines
     for line in summary_lines(_resume(given) if resume else _train_new(given)): _say(line)
 
@@ -239,20 +240,30 @@ def _import(
     _say(f'{run}: done; score it with: polyp-difom evaluate {run} DATA')
 
 # %% ../nbs/13_cli.ipynb #2fedc2b7
+_Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace earlier outputs.')]
+
 @app.command('evaluate')
 def _evaluate(
     run:Annotated[Optional[Path], typer.Argument(help='Folder of a run.')]=None,
     data:Annotated[Optional[Path], typer.Argument(help='Data set: every set in its TestDataset is scored, or the data set itself if there is none.')]=None,
     predictions:Annotated[Optional[Path], typer.Option(help='Instead of a run: a folder of saved 8-bit maps, with --masks, their masks of the same stems.')]=None,
     json_file:Annotated[Optional[Path], typer.Option('--json', help='Write the numbers there, too.')]=None,
+    overwrite:_Overwrite=False,
     images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None, mask_above:AboveOption=128,
 ):
     "Score a run on every test set, or a folder of saved maps, by the PraNet protocol, beside the published figures."
+    if json_file: _check_json(json_file, overwrite)
     if predictions: report = _score_maps(run, predictions, masks, mask_above)
     else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above))
     if json_file:
         from polyp_difom.core import atomic_path
         with atomic_path(json_file) as path: path.write_text(json.dumps(report, indent=1))
+
+def _check_json(path:Path, overwrite:bool):
+    "Raise `InputError` for a place where numbers would replace something else."
+    if path.suffix != '.json' or path.is_dir(): raise InputError(f'{path}: give a file name that ends in .json')
+    if path.name == 'config.json' or path.exists() and not path.is_file(): raise InputError(f'{path}: is something else; choose another file')
+    if path.exists() and not overwrite: raise InputError(f'{path}: is there already; choose another file, or replace it (--overwrite)')
 
 def _score_maps(run, predictions, masks, above) -> dict:
     "Score saved maps and print the table."
@@ -274,8 +285,6 @@ def _score_run(run, data, layout) -> dict:
     return report
 
 # %% ../nbs/13_cli.ipynb #d339f07b
-_Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace earlier outputs.')]
-
 @app.command('predict')
 def _predict(
     run:Annotated[Path, typer.Argument(help='Folder of a run.')],

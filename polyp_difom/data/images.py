@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'PIXEL_LIMIT', 'NOISE', 'open_image', 'decode_image', 'orientation', 'read_image',
-           'MaskError', 'read_mask', 'Layout', 'find_images', 'Pair', 'pair_up', 'guess_layout', 'find_coco',
-           'layout_options', 'layout_advice', 'list_pairs', 'train_folder', 'train_pairs', 'test_folders', 'test_sets',
-           'list_images', 'to_picture']
+           'MaskError', 'read_mask', 'Layout', 'find_images', 'Pair', 'pair_up', 'is_mask_folder', 'guess_layout',
+           'find_coco', 'layout_options', 'layout_advice', 'list_pairs', 'train_folder', 'train_pairs', 'test_folders',
+           'test_sets', 'list_images', 'to_picture']
 
 # %% ../../nbs/01_data/01_images.ipynb #629b695f
 import os, re, shlex
@@ -259,7 +259,9 @@ def pair_up(
 # %% ../../nbs/01_data/01_images.ipynb #c2309a6b
 _MASK_FOLDERS = frozenset(('mask masks gt gts groundtruth groundtruths label labels annotation annotations segmentation segmentations').split())
 
-def _is_mask_folder(name:str) -> bool: return re.sub('[^a-z]', '', name.lower()) in _MASK_FOLDERS
+def is_mask_folder(name:str) -> bool: # `masks`, `Ground Truth`, `labels` …
+    "Does a folder of this name hold masks?"
+    return re.sub('[^a-z]', '', name.lower()) in _MASK_FOLDERS
 
 def _ending(stem:str, images) -> str:
     "What a mask's stem has behind that of its image; None if no image's stem begins it."
@@ -295,8 +297,8 @@ def guess_layout(
 ): # `Layout`, or None
     "The layout that the names in a folder suggest."
     folders = [path for path in _listing(folder) if path.is_dir()]
-    for masks in (path for path in folders if _is_mask_folder(path.name)):
-        for images in (path for path in folders if not _is_mask_folder(path.name)):
+    for masks in (path for path in folders if is_mask_folder(path.name)):
+        for images in (path for path in folders if not is_mask_folder(path.name)):
             suffix = _guess_suffix(images, masks)
             if suffix is None: continue
             usual = (images.name, masks.name) in (('images', 'masks'), ('image', 'mask'))
@@ -419,7 +421,7 @@ _MASK_ENDINGS = ('_mask', '-mask', '_gt', '_segmentation', '_seg', '_label')
 
 def _without_masks(names:list, layout:Layout) -> list:
     "Files of a folder, by path in it, that are pictures and no masks."
-    pictures = [name for name in names if _is_picture(name) and not any(part.startswith('.') or _is_mask_folder(part) for part in name.split('/')[:-1])]
+    pictures = [name for name in names if _is_picture(name) and not any(part.startswith('.') or is_mask_folder(part) for part in name.split('/')[:-1])]
     if layout.mask_suffix: return [name for name in pictures if not _image_stem(Path(name), layout.mask_suffix)]
     stems = {name.rsplit('.', 1)[0] for name in pictures}
     is_mask = lambda stem: any(stem.endswith(ending) and stem[:-len(ending)] in stems for ending in _MASK_ENDINGS)

@@ -17,7 +17,7 @@ from scipy.ndimage import binary_erosion
 from tqdm import tqdm
 
 from ..core import InputError, atomic_path, disk_full_error, filesystem, find_device, name_some, read_bytes, to_place
-from ..data.images import list_images, read_image, to_picture
+from ..data.images import is_mask_folder, list_images, read_image, to_picture
 from ..model.model import PolypDiFoM, load_model, to_input, to_map
 from ..weights import check_fields, of_type, whole_number
 
@@ -122,6 +122,8 @@ def _find_pictures(source, out:Path) -> tuple: # paths, relative paths
     return paths, [Path(str(path)[len(str(place)):].lstrip('/')) for path in paths]
 
 # %% ../../nbs/08_deploy/01_predictor.ipynb #b3098f21
+def _is_images_folder(path:Path) -> bool: return path.name in ('images', 'image') and path.is_dir()
+
 def _identity(path): # what two names of one file have in common
     try: status = os.stat(path)
     except OSError: return None
@@ -136,6 +138,10 @@ def _refuse_overwriting(
     "Raise `InputError` if an output is an input, leads out of `out`, or exists."
     if os.path.lexists(out) and not out.is_dir(): raise InputError(f'{out}: is no folder; choose another place')
     inputs = {_identity(path) for path in paths} - {None}
+    sources = {_identity(Path(path).parent) for path in paths} - {None}
+    for folder in {output.parent for output in outputs}:
+        if _identity(folder) in sources: raise InputError(f'{folder}: holds pictures that are read; choose another folder')
+        if is_mask_folder(folder.name) and any(_is_images_folder(path) for path in folder.absolute().parent.iterdir() if folder.exists()): raise InputError(f'{folder}: holds the masks of a data set; choose another folder')
     for output in outputs:
         if _identity(output) in inputs: raise InputError(f'{output}: would replace a picture that is read; choose another folder')
         if not _is_inside(output.parent, out): raise InputError(f'{output.parent}: a link that leads out of {out}; choose another folder')

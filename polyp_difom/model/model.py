@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -55,18 +56,20 @@ class PolypDiFoM(nn.Module):
         outputs = [output.float() for output in outputs]
         return outputs if self.training and len(outputs) > 1 else outputs[-1]
 
-    @property
-    def config(self) -> dict:
-        "What `create_model` needs to make this network again."
-        return dict(student=getattr(self.student, 'config', None), distilled=self.distilled,
-                    channels=self.latents.channels if self.distilled else None)
+# %% ../../nbs/06_model/02_model.ipynb #c632bef1
+@patch(as_prop=True)
+def config(self:PolypDiFoM) -> dict:
+    "What `create_model` needs to make this network again."
+    return dict(student=getattr(self.student, 'config', None), distilled=self.distilled, channels=self.latents.channels if self.distilled else None)
 
-    def latent_grid(self, size:int) -> tuple: # (h, w) of L1 and L2 for a square input
-        return (-(-size//self.multiple)*self.multiple//self.stride,)*2
+@patch
+def latent_grid(self:PolypDiFoM, size:int) -> tuple: # (h, w) of L1 and L2 for a square input
+    return (-(-size//self.multiple)*self.multiple//self.stride,)*2
 
-    def coverage(self, height:int, width:int) -> tuple: # two shares in 0..1
-        "How much of the latents' height and width the image covers; the rest is padding."
-        return tuple(n/(n + -n % self.multiple) for n in (height, width))
+@patch
+def coverage(self:PolypDiFoM, height:int, width:int) -> tuple: # two shares in 0..1
+    "How much of the latents' height and width the image covers; the rest is padding."
+    return tuple(n/(n + -n % self.multiple) for n in (height, width))
 
 # %% ../../nbs/06_model/02_model.ipynb #f51d5b71
 @lru_cache
@@ -125,6 +128,7 @@ def to_map(
     "Logits as a probability map of another size."
     return F.interpolate(logits[None, None], size=size, mode='bilinear', align_corners=False).sigmoid()[0, 0]
 
+# %% ../../nbs/06_model/02_model.ipynb #9294de03
 @torch.no_grad()
 def predict_logits(
     model:PolypDiFoM, # in any mode; it computes in eval mode

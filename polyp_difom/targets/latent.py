@@ -137,7 +137,8 @@ class TargetStore:
             self.teacher_gram = dict(zip(self.settings['teachers'], torch.from_numpy(_whole(group['teacher_gram'])))) # teacher -> (C, C)
             rows, size = {row.tobytes(): i for i, row in enumerate(_whole(group['index']))}, self.array.shape[-2:]
         if grid and tuple(grid) != size: raise InputError(f'{path}: targets on a {size[0]}x{size[1]} grid, the latents have {grid[0]}x{grid[1]}; build targets for this size')
-        self.rows = [rows.get(digest) for digest in hashes or parallel_map(file_hash, images, 'reading')]
+        self.hashes = hashes or parallel_map(file_hash, images, 'reading')
+        self.rows = [rows.get(digest) for digest in self.hashes]
         if None in self.rows: raise InputError(f'{path}: no target of {images[self.rows.index(None)]}; targets of another data set')
 
     def __len__(self): return len(self.rows)

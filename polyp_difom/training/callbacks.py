@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adam', 'dice_score', 'PhaseSchedule', 'EpochSeed', 'TrainColumns', 'Distillation', 'EncoderFreeze', 'TargetCollapse',
-           'warn_of_collapse', 'TargetWatch', 'StopOnDivergence', 'EpochLog']
+           'warn_of_collapse', 'TargetWatch', 'StopOnDivergence', 'EpochLog', 'log_column']
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #8c09b467
 import math, random, time, warnings
@@ -18,6 +18,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 
 from ..students.blocks import encoder_modules, encoder_parameters
 from .losses import align_latent, find_loss, latent_losses
@@ -75,6 +76,7 @@ def _check_lambdas(lambdas) -> tuple:
     if len(lambdas) == 3 and all(0 <= value < math.inf for value in lambdas) and lambdas[0] > 0: return lambdas
     raise InputError('lambdas: give three numbers, the weights of segmentation, L1 and L2, none of them negative and the first above 0')
 
+# %% ../../nbs/07_training/02_callbacks.ipynb #65b5e575
 class Distillation(TrainColumns):
     "From phase II on `λ1 L_seg + λ2 distance(L1, LFC) + λ3 distance(L2, HFC)`. Latents and targets of the batch stand in `pairs`."
     name, order, columns = 'distillation', -7, ('seg', 'l1', 'l2')
@@ -174,30 +176,36 @@ class TargetWatch(TrainColumns):
         told = self.learn.distillation
         for name, pair, stored in zip(('l1', 'l2'), told.pairs, told.target[0].unbind(1)): self.add(name, *pair, stored)
 
-    def add(self, name:str, latent, target, stored):
-        "The sums of one batch, over all its positions."
-        error, target, stored = (x.detach().float().transpose(0, 1).flatten(1) for x in (latent - target, target, stored)) # (C, positions)
-        square = (lambda x: x @ x.T) if self.grams else lambda x: x.square().sum(1).diag()
-        moments = dict(error=square(error), square=square(target), total=target.sum(1), stored_square=stored.square().sum(1), stored_total=stored.sum(1))
-        for what, value in moments.items(): self.sums[name, what] += value.cpu().double()
-        self.sums[name, 'n'] += target.shape[1]
-        self.sums[name, 'stored_n'] += stored.shape[1]
+# %% ../../nbs/07_training/02_callbacks.ipynb #69ee704f
+@patch
+def add(self:TargetWatch, name:str, latent, target, stored):
+    "The sums of one batch, over all its positions."
+    error, target, stored = (x.detach().float().transpose(0, 1).flatten(1) for x in (latent - target, target, stored)) # (C, positions)
+    square = (lambda x: x @ x.T) if self.grams else lambda x: x.square().sum(1).diag()
+    moments = dict(error=square(error), square=square(target), total=target.sum(1), stored_square=stored.square().sum(1), stored_total=stored.sum(1))
+    for what, value in moments.items(): self.sums[name, what] += value.cpu().double()
+    self.sums[name, 'n'] += target.shape[1]
+    self.sums[name, 'stored_n'] += stored.shape[1]
 
-    def std(self, name:str) -> float:
-        square, mean = (self.sums[name, what]/self.sums[name, 'stored_n'] for what in ('stored_square', 'stored_total'))
-        return (square - mean**2).mean().clamp(min=0).sqrt().item()
+# %% ../../nbs/07_training/02_callbacks.ipynb #ca9282f6
+@patch
+def std(self:TargetWatch, name:str) -> float:
+    square, mean = (self.sums[name, what]/self.sums[name, 'stored_n'] for what in ('stored_square', 'stored_total'))
+    return (square - mean**2).mean().clamp(min=0).sqrt().item()
 
-    def r2(self, name:str) -> dict: # gram's name, or '' for the whole -> R²
-        error, square, total, n = (self.sums[name, what] for what in ('error', 'square', 'total', 'n'))
-        covariance = square - total[:, None]*total/n # times n, as `error`
-        return {teacher: _r2(error, covariance, gram) for teacher, gram in {'': torch.eye(len(total)), **self.grams}.items()}
+@patch
+def r2(self:TargetWatch, name:str) -> dict: # teacher, or '' for the whole -> R²
+    error, square, total, n = (self.sums[name, what] for what in ('error', 'square', 'total', 'n'))
+    covariance = square - total[:, None]*total/n # times n, as `error`
+    return {teacher: _r2(error, covariance, gram) for teacher, gram in {'': torch.eye(len(total)), **self.grams}.items()}
 
-    def after_train(self):
-        for name in ('l1', 'l2'):
-            found = {f'r2_{name}_{teacher}'.rstrip('_'): value for teacher, value in self.r2(name).items()}
-            self.values = self.values | found | {f'std_{name}': self.std(name)}
-        self.rows.append(dict(epoch=self.epoch + 1, **self.values))
-        warn_of_collapse(self.rows)
+@patch
+def after_train(self:TargetWatch):
+    for name in ('l1', 'l2'):
+        found = {f'r2_{name}_{teacher}'.rstrip('_'): value for teacher, value in self.r2(name).items()}
+        self.values = self.values | found | {f'std_{name}': self.std(name)}
+    self.rows.append(dict(epoch=self.epoch + 1, **self.values))
+    warn_of_collapse(self.rows)
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #7dca59bd
 def _batch_files(learn) -> str:
@@ -206,6 +214,7 @@ def _batch_files(learn) -> str:
     if order is None or pairs is None: return 'files unknown'
     return name_some((pairs[i].image.name for i in list(order)[learn.iter*bs:(learn.iter + 1)*bs]), 16)
 
+# %% ../../nbs/07_training/02_callbacks.ipynb #ca5dcd3e
 class StopOnDivergence(Callback):
     "Stop with an `InputError` at a loss that is no number or a thousand times the first one, and before weights that are no numbers are kept."
     order, remove_on_fetch = 55, True
@@ -223,12 +232,13 @@ class StopOnDivergence(Callback):
         if not math.isfinite(valid_loss): self.stop(f'the validation loss is {valid_loss}')
         for name, value in getattr(getattr(self.learn, 'distillation', None), 'values', {}).items():
             if not math.isfinite(value): self.stop(f'the mean of {name} is {value}')
-        spoilt = [name for name, t in self.model.state_dict().items() if not t.isfinite().all()]
+        states = [(f'{key} of the optimiser', t) for state in self.opt.state_dict().get('state', {}).values() for key, t in state.items()] if isinstance(self.opt.state_dict(), dict) else []
+        spoilt = [name for name, t in [*self.model.state_dict().items(), *states] if torch.is_tensor(t) and not t.isfinite().all()]
         if spoilt: self.stop(f'no numbers in {name_some(spoilt, 3)}')
 
     def stop(self, what:str):
         raise InputError(f'epoch {self.epoch + 1}, {what}; training stopped, and what finished epochs left is kept: '
-                         f'look at these files and their features, or start a new run with a lower learning rate (now {self.opt.hypers[-1]["lr"]:.3g})')
+                         f'look at these files and their features, or start a new run with a lower learning rate (now {self.opt.hypers[-1]["lr"]:.3g}) than this')
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #541d4c1f
 class EpochLog(Callback):
@@ -247,10 +257,10 @@ class EpochLog(Callback):
         loss, columns = float(np.mean(self.losses)), {}
         for cb in self.learn.cbs.sorted('order'):
             if isinstance(cb, TrainColumns): columns |= {name: cb.value(name) for name in cb.columns}
-        measured = {_valid_name(name): value for name, value in zip(self.recorder.metric_names[1:], self.final_record) if name != 'train_loss' and name not in columns}
+        measured = {log_column(name): value for name, value in zip(self.recorder.metric_names[1:], self.final_record) if name != 'train_loss' and name not in columns}
         self.rows.append(dict(epoch=self.epoch + 1, phase=_phase(self.learn, 1), lr=self.opt.hypers[-1]['lr'], seconds=round(time.perf_counter() - self.start, 2),
                               loss=loss, seg=loss) | measured | columns)
 
-def _valid_name(name:str) -> str:
-    "`dice_score` -> `valid_dice`."
+def log_column(name:str) -> str:
+    "What a metric is called in the log: `dice_score` -> `valid_dice`."
     return f'valid_{name.removeprefix("valid_")}'.removesuffix('_score')

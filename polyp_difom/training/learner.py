@@ -16,14 +16,16 @@ import fastai.callback.hook, fastai.callback.progress, fastai.callback.schedule 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.learner import Learner
+from fastai.learner import Learner, mk_metric
 from fastcore.basics import patch
+from fastcore.foundation import L
+from PIL import Image
 
 from ..weights import read_tensors, save_tensors
 from ..data.images import to_picture
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, log_column
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
 class DifomLearner(Learner):
@@ -37,20 +39,27 @@ def _check_parts(dls, model, distill):
     if distill and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
     if with_targets and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
 
+# %% ../../nbs/07_training/03_learner.ipynb #21cd5d3a
+def _check_metrics(metrics):
+    "Raise `InputError` for two columns of one name in the log: a metric of one's own must not stand in for Dice or the loss."
+    names = ['valid_loss', *(log_column(mk_metric(metric).name) for metric in metrics)]
+    if twice := [name for name in names if names.count(name) > 1]: raise InputError(f'metrics: two columns of the log would be called {twice[0]}; give your metric another name')
+
 def difom_learner(
     dls, # as from `polyp_dataloaders`
     model:PolypDiFoM,
     loss_func=None, # of (logits, mask), each (B, 1, H, W): any callable, or a name of `losses`; the student's own if None. It is summed over side outputs
     distill:Distillation=None, # None for the undistilled baseline
     metrics=(dice_score,), # callables of (logits, mask), or fastai metrics, on the validation part
-    cbs=(), # more fastai callbacks
+    cbs=(), # more fastai callbacks, or one
     **learner_options # of fastai's `Learner`
 ) -> DifomLearner:
     "A fastai learner for a student, distilled or not. Raises `InputError` for parts that do not fit together."
     _check_parts(dls, model, distill)
+    _check_metrics(metrics)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
     watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None))] if distill else []
-    return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *cbs], **(dict(opt_func=adam) | learner_options))
+    return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 
 # %% ../../nbs/07_training/03_learner.ipynb #478323da
 def _draw(
@@ -67,6 +76,7 @@ def _draw(
         for mask, colour in zip(outlines, ('white', 'cyan')):
             if mask.max() > 0.5 >= mask.min(): axis.contour(mask[0].float(), [0.5], colors=colour, linewidths=1.2)
 
+# %% ../../nbs/07_training/03_learner.ipynb #679f969a
 @patch
 def show_batch(self:DifomLearner,
     ds_idx:int=0, # 0 for the training part, augmented, 1 for the validation part
@@ -176,6 +186,7 @@ def learner_tensors(learn, with_opt:bool=True) -> dict: # name -> tensor
     states = optimiser.state_dict()['state'] if optimiser else {}
     return tensors | {f'optimizer.{i}.{key}': value for i, state in states.items() for key, value in state.items() if torch.is_tensor(value)}
 
+# %% ../../nbs/07_training/03_learner.ipynb #b14ac610
 def load_learner_tensors(learn, tensors:dict, path):
     "Put `learner_tensors` back. Raises `InputError` with the file's name if they do not fit."
     try: learn.model.load_state_dict({name.removeprefix('model.'): t for name, t in tensors.items() if name.startswith('model.')})

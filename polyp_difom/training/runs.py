@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, check_number, disk_full_error, find_device, name_some, printable, read_options, to_place
+from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, find_device, name_some, printable, read_options, to_place
 
 import pandas as pd
 import torch
@@ -35,6 +35,13 @@ from .callbacks import Distillation, EpochLog, EpochSeed, dice_score
 from .learner import TrainConfig, difom_learner, learner_tensors, load_learner_tensors
 
 # %% ../../nbs/07_training/04_runs.ipynb #c4290265
+def _settings_digest(out:Path) -> str:
+    "What the settings of a run are known by, but for its epochs, which may be more later; empty without `config.json`."
+    config = out/'config.json'
+    if not config.is_file(): return ''
+    settings = {name: value for name, value in json.loads(config.read_text())['settings'].items() if name != 'epochs'}
+    return bytes_hash(json.dumps(settings, sort_keys=True).encode()).hex()
+
 class Checkpoint(Callback):
     "Write `log.csv`, `best.safetensors` and `last.safetensors` after every epoch; beside an `EpochLog`."
     order, remove_on_fetch = 62, True
@@ -43,7 +50,7 @@ class Checkpoint(Callback):
         rank:str='valid_dice' # column of the log that the best epoch is chosen by, the higher the better
     ): self.out, self.rank = Path(out), rank
 
-    def before_fit(self): self.written = len(self.epoch_log.rows)
+    def before_fit(self): self.written, self.digest = len(self.epoch_log.rows), _settings_digest(self.out)
     def after_epoch(self):
         rows = self.epoch_log.rows
         if len(rows) == self.written: return # skipped by a resumed run
@@ -51,7 +58,7 @@ class Checkpoint(Callback):
         with disk_full_error(self.out, f'the checkpoint of the epoch before is kept; free space and go on with: {_resume_command(self.out)}'):
             with atomic_path(self.out/'log.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
             if rows[-1][self.rank] >= max(row[self.rank] for row in rows): save_model(self.model, self.out/'best.safetensors')
-            save_tensors(learner_tensors(self.learn), self.out/'last.safetensors', dict(rows=rows))
+            save_tensors(learner_tensors(self.learn), self.out/'last.safetensors', dict(rows=rows, settings=self.digest))
 
 def _resume_command(out) -> str: return f'polyp-difom train --resume {shlex.quote(printable(out))}'
 
@@ -103,6 +110,8 @@ def _prepare(data, features, model, layout, target_config, config, device, cbs, 
     targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.latent_grid(config.size), model.latents.channels, target_config)
     parts = [PolypDataset(pairs, config.size, part_targets, config.allow_empty, layout.mask_above)
              for pairs, part_targets in ((train_part, targets), (valid_part, None))]
+    changed = [pair.image.name for pair, ours, theirs in zip(train_part, parts[0].image_hashes, targets.hashes) if ours != theirs.hex()] if targets else []
+    if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     distill = Distillation(config.lambdas, config.distance) if features else None
     return difom_learner(polyp_dataloaders(*parts, config.batch_size, config.scales, device), model, loss, distill,
@@ -114,7 +123,7 @@ def _name(value):
     if callable(value): return f'{getattr(value, "__module__", "")}:{getattr(value, "__qualname__", type(value).__name__)}'
     return list(value) if isinstance(value, tuple) else value
 
-def _settings(learn, student, layout, target_config, config) -> dict:
+def _settings(learn, layout, target_config, config) -> dict:
     "All that decides what comes of a run."
     network, datasets = learn.model.student, (learn.dls.train.dataset, learn.dls.valid.dataset)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
@@ -237,6 +246,7 @@ def _close(out:Path):
                                      best_epoch=int(best.epoch), best_dice=round(float(best.valid_dice), 4)))
     with disk_full_error(out), atomic_path(out/'curves.png') as path: draw_log(log).savefig(path, format='png', dpi=80)
 
+# %% ../../nbs/07_training/04_runs.ipynb #1428f335
 def _tensorboard(out:Path) -> Callback:
     "fastai's callback for TensorBoard. Raises `InputError` if that is not installed."
     try: from fastai.callback.tensorboard import TensorBoardCallback
@@ -248,6 +258,7 @@ def _tensorboard(out:Path) -> Callback:
             for name, value in told.items(): self.writer.add_scalar(name, value, self.train_iter)
     return Board(Path(out)/'tensorboard', trace_model=False, log_preds=False)
 
+# %% ../../nbs/07_training/04_runs.ipynb #6e028ac0
 def _fit(learn, out:Path, config:TrainConfig, rows:list, cbs:list):
     "Fit from the first epoch that is not in `rows`."
     progress, ended = ConsoleProgress(), False
@@ -288,6 +299,19 @@ class _StudentOptions:
     def given(self) -> dict: # for `create_student`
         return {key: value for key, value in (('width', self.width), ('pretrained', self.pretrained)) if value is not None and value is not True}
 
+def _absolute(place):
+    "A place on this machine by its whole path, an address as it is."
+    place = to_place(place)
+    return place.absolute() if isinstance(place, Path) else place
+
+def _open_run(out:Path, learn, data, features, settings:dict, command:str, device):
+    "Write what a run begins with."
+    _write_config(out, dict(settings=settings, fingerprints=_fingerprints(learn), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+                            command=command, argv=printable(shlex.join(sys.argv)), versions=_versions(), device=_describe(device),
+                            started=time.strftime('%Y-%m-%d %H:%M:%S')))
+    _write_files(out, learn)
+
+# %% ../../nbs/07_training/04_runs.ipynb #92723067
 def train(
     data, # data set, see `Layout`
     out, # folder of the run, new or empty
@@ -309,18 +333,9 @@ def train(
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
     changed = _changed(layout, target_config, config) | own.given() | ({} if device is None else dict(device=str(device)))
     with _alone(out):
-        _write_config(out, dict(settings=_settings(learn, student, layout, target_config, config), fingerprints=_fingerprints(learn),
-                                data=str(Path(data).absolute()), features=features and str(_absolute(features)),
-                                command=_command(data, out, student, features, **changed), argv=printable(shlex.join(sys.argv)), versions=_versions(),
-                                device=_describe(place), started=time.strftime('%Y-%m-%d %H:%M:%S')))
-        _write_files(out, learn)
+        _open_run(out, learn, data, features, _settings(learn, layout, target_config, config), _command(data, out, student, features, **changed), place)
         _fit(learn, out, config, [], board)
     return out
-
-def _absolute(place):
-    "A place on this machine by its whole path, an address as it is."
-    place = to_place(place)
-    return place.absolute() if isinstance(place, Path) else place
 
 # %% ../../nbs/07_training/04_runs.ipynb #4250e88d
 def _read_config(run:Path) -> dict:
@@ -332,6 +347,7 @@ def _read_config(run:Path) -> dict:
     parts = dict(settings=dict, fingerprints=dict, data=str, features=(str, type(None)))
     lacking = [name for name, kind in parts.items() if not isinstance(held, dict) or not isinstance(held.get(name, 0), kind)]
     lacking = lacking or sorted({'student', 'options', 'distilled', 'layout', 'targets', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
+    if not lacking and held['settings']['distilled'] != (held['features'] is not None): lacking = ['features']
     if lacking: raise InputError(f'{config}: not what `train` of this version writes, so it cannot be resumed (it lacks {name_some(lacking)})')
     return held
 
@@ -363,13 +379,16 @@ def _extend(config:TrainConfig, epochs, done:int, distilled:bool, run) -> TrainC
 def _listed(epochs) -> str: return ' '.join(map(str, epochs))
 
 # %% ../../nbs/07_training/04_runs.ipynb #b8c4adcf
-def _own_student(settings:dict, student, run):
-    "The student of a run, by name and options, or as given."
-    if student is not None: return student
-    name = settings['student']
-    if name in list_students() or str(name).startswith('smp/'): return name
-    raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
+def _make_again(settings:dict, student, config, device, run, fresh:bool) -> PolypDiFoM:
+    "The model of a run. Backbone weights are fetched only for one that has no weights of its own yet."
+    name, options = settings['student'], settings['options']
+    if student is not None: return _make_model(student, {}, settings['distilled'], config, device)
+    if name not in list_students() and not str(name).startswith('smp/'): raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
+    model = _make_model(name, options if fresh else options | dict(pretrained=False), settings['distilled'], config, device)
+    model.student.config = dict(name=name, options=options)
+    return model
 
+# %% ../../nbs/07_training/04_runs.ipynb #581be20b
 def _differences(held, now, name=''):
     "What differs between two nested dicts, leaf by leaf."
     if isinstance(held, dict) and isinstance(now, dict):
@@ -382,6 +401,23 @@ def _check_same(held:dict, learn, run, data, features):
     other = [name for name, kept in held['fingerprints'].items() if kept != now.get(name)]
     other += _differences(dict(teachers=held['settings'].get('teachers')), json.loads(json.dumps(dict(teachers=_teachers(learn)))))
     if other: raise InputError(f'{run}: cannot be resumed with other data than it began with ({data}{f", {features}" if features else ""}): {"; ".join(other)}')
+
+# %% ../../nbs/07_training/04_runs.ipynb #20145ae8
+def _check_whole(run:Path, kept:dict):
+    "Raise `InputError` if the files of a run do not belong together; write the log again from the checkpoint."
+    if kept.get('settings') != _settings_digest(run): raise InputError(f'{run}: config.json was changed, or last.safetensors is of another run; put back what was there')
+    read_tensors(run/'best.safetensors')
+    with disk_full_error(run), atomic_path(run/'log.csv') as path: pd.DataFrame(kept['rows']).to_csv(path, index=False)
+
+def _go_on(learn, run, held:dict, config:TrainConfig, others:tuple, data, features, rows:list, board:list):
+    "The epochs that are missing; `config.json` tells of each beginning."
+    options = held['settings']['options']
+    own = {name: value for name, value in options.items() if name in ('width', 'pretrained')}
+    spec = ','.join([held['settings']['student'], *(f'{name}={value}' for name, value in options.items() if name not in own)])
+    part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(learn.dls.device), versions=_versions(), epochs_before=len(rows))
+    _write_config(run, held | dict(settings=held['settings'] | dict(epochs=list(config.epochs)), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+                                   command=_command(data, run, spec, features, **_changed(*others, config), **own), resumed=[*held.get('resumed', []), part]))
+    _fit(learn, run, config, rows, board)
 
 def resume(
     run, # folder of a run
@@ -401,21 +437,14 @@ def resume(
     target_config = replace(target_config, teacher=target_config.teacher or tuple(settings['teachers'])) # the store may hold more of them by now
     data, features, place = data or held['data'], (features or held['features']) if settings['distilled'] else None, find_device(device)
     tensors, kept = read_tensors(last) if last.exists() else ({}, dict(rows=[]))
+    if not isinstance(kept.get('rows'), list): raise InputError(f'{last}: not what `train` writes; the run is damaged')
+    if tensors: _check_whole(run, kept)
     if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'], run)
-    options = settings['options'] | (dict(pretrained=False) if tensors else {})
-    model = _make_model(_own_student(settings, student, run), options, settings['distilled'], config, place)
-    if student is None: model.student.config = dict(name=settings['student'], options=settings['options'])
+    model = _make_again(settings, student, config, place, run, fresh=not tensors)
     learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
     _check_same(held, learn, run, data, features)
     if tensors: load_learner_tensors(learn, tensors, last)
-    if len(kept['rows']) == sum(config.epochs): return run
-    board = [_tensorboard(run)] if tensorboard else []
-    own = {name: value for name, value in settings['options'].items() if name in ('width', 'pretrained')}
-    spec = ','.join([settings['student'], *(f'{name}={value}' for name, value in settings['options'].items() if name not in own)])
-    changed = _changed(layout, target_config, config) | own
-    part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(place), versions=_versions(), epochs_before=len(kept['rows']))
     with _alone(run):
-        _write_config(run, held | dict(settings=settings | dict(epochs=list(config.epochs)), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
-                                       command=_command(data, run, student or spec, features, **changed), resumed=[*held.get('resumed', []), part]))
-        _fit(learn, run, config, kept['rows'], board)
+        if len(kept['rows']) < sum(config.epochs): _go_on(learn, run, held, config, (layout, target_config), data, features, kept['rows'], [_tensorboard(run)] if tensorboard else [])
+        else: _close(run) # which a kill may have prevented
     return run
