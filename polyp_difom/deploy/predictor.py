@@ -141,7 +141,7 @@ def _refuse_overwriting(
     sources = {_identity(Path(path).parent) for path in paths} - {None}
     for folder in {output.parent for output in outputs}:
         if _identity(folder) in sources: raise InputError(f'{folder}: holds pictures that are read; choose another folder')
-        if is_mask_folder(folder.name) and any(_is_images_folder(path) for path in folder.absolute().parent.iterdir() if folder.exists()): raise InputError(f'{folder}: holds the masks of a data set; choose another folder')
+        if folder.exists() and is_mask_folder(folder.name) and any(map(_is_images_folder, folder.absolute().parent.iterdir())): raise InputError(f'{folder}: holds the masks of a data set; choose another folder')
     for output in outputs:
         if _identity(output) in inputs: raise InputError(f'{output}: would replace a picture that is read; choose another folder')
         if not _is_inside(output.parent, out): raise InputError(f'{output.parent}: a link that leads out of {out}; choose another folder')
