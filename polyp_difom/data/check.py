@@ -173,7 +173,7 @@ def _find_duplicates(train:dict, tests:dict) -> list:
     return problems
 
 # %% ../../nbs/01_data/02_check.ipynb #3d94e540
-NEAR = 40 # of 256 bits: where two frames of different scenes are not
+NEAR = 40 # of 256 bits: hardly ever reached by two frames of different scenes (0.06 % of ClinicDB's pairs, none of Kvasir's)
 
 def _nearest(
     tests:np.ndarray, train:np.ndarray # (n, 256), (m, 256) bool
