@@ -453,6 +453,108 @@ def test_a_killed_conversion_leaves_no_data_set(pairs, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != 'own') == ['source']
 
 
+def changed_coco(folder, **changes):
+    "The COCO file of a folder with other entries."
+    file = folder/'instances.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return file
+
+
+@pytest.fixture
+def coco(pairs, tmp_path): return coco_of(pairs[:4], tmp_path/'coco', 'packed')
+
+
+@pytest.fixture
+def told(coco): return json.loads((coco/'instances.json').read_text())
+
+
+def test_coco_annotations_of_no_image(coco, told, pairs, tmp_path):
+    astray = [dict(a, image_id=a['image_id'] + 3) for a in told['annotations']]
+    with pytest.raises(InputError, match='3 of 4 annotations belong to no image'): convert(changed_coco(coco, annotations=astray), tmp_path/'out')
+    with pytest.raises(InputError, match='several images of id 1'):
+        convert(changed_coco(coco, annotations=told['annotations'], images=told['images'] + [dict(told['images'][1], id=1.0)]), tmp_path/'out')
+    convert(changed_coco(coco, images=told['images'], annotations=[dict(a, image_id=float(a['image_id']), category_id=1.0) for a in told['annotations']]), tmp_path/'out')
+    for old, new in zip(pairs, train_pairs(tmp_path/'out')): assert np.array_equal(read_mask(old.mask), read_mask(new.mask)), 'pandas writes ids as floats'
+
+
+@pytest.mark.parametrize('two_files', [False, True])
+def test_coco_one_picture_of_two_ids(two_files, coco, told, pairs, tmp_path):
+    square = dict(image_id=77, category_id=1, segmentation=[[2, 2, 12, 2, 12, 12, 2, 12]])
+    again = dict(told['images'][0], id=77)
+    if two_files: (coco/'more.json').write_text(json.dumps(dict(told, images=[again], annotations=[square])))
+    else: changed_coco(coco, images=told['images'] + [again], annotations=told['annotations'] + [square])
+    report = convert(coco, tmp_path/'out')
+    wanted = read_mask(pairs[0].mask); wanted[2:12, 2:12] = True
+    assert [p.kind for p in report] == ['joined'] and np.array_equal(read_mask(train_pairs(tmp_path/'out')[0].mask), wanted)
+
+
+POLYP, TOOL = dict(id=1, name='polyp'), dict(id=2, name='instrument')
+
+
+@pytest.mark.parametrize('categories, number, said', [
+    ([POLYP, TOOL], 2, 'empty'), ([dict(POLYP, name='non-polyp'), dict(TOOL, name='Polyps')], 1, 'empty'), ([dict(POLYP, name='No polyp'), dict(TOOL, name='polyp')], 2, 'full'),
+    ([dict(POLYP, name='lesion')], 1, 'full'), ([dict(POLYP, id='1')], 1, 'full'), ([dict(POLYP, name='lesion'), TOOL], 2, '--categories NAME'), ([dict(POLYP, name='non-polyp')], 1, '--categories NAME'),
+    ([dict(POLYP, name='polyp'), dict(TOOL, name='polyp, non-adenomatous')], 1, '--categories NAME'), ([dict(POLYP, name='polypectomy'), TOOL], 1, '--categories NAME'),
+    ([POLYP, dict(TOOL, id=1)], 1, 'category 1 is both polyp and instrument'), ([POLYP], 0, 'category 0, which is not declared')])
+def test_coco_categories(categories, number, said, coco, told, tmp_path):
+    file = changed_coco(coco, categories=categories, annotations=[dict(a, category_id=number) for a in told['annotations']])
+    if said not in ('empty', 'full'):
+        with pytest.raises(InputError) as error: convert(file, tmp_path/'out')
+        assert said in str(error.value) and not (tmp_path/'out').exists()
+    else:
+        convert(file, tmp_path/'out')
+        assert [read_mask(pair.mask).any() for pair in train_pairs(tmp_path/'out')] == [said == 'full']*4
+
+
+def test_coco_outlines_without_a_pixel(coco, told, pairs, tmp_path):
+    width, height = told['images'][0]['width'], told['images'][0]['height']
+    shares, line, beside = [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9]], [[5, 5, 20, 5, 5, 5]], [[width + 5, 5, width + 30, 5, width + 30, 30]]
+    points = [[[1, 2], [3, 4], [20, 30]]]
+    annotations = [dict(a, segmentation=s) for a, s in zip(told['annotations'], (shares, line, beside, points))]
+    report = convert(changed_coco(coco, annotations=annotations), tmp_path/'out')
+    assert {p.file.name: p.detail for p in report} == dict(zip((p.image.name for p in pairs), ['an outline in 0..1, not in pixels'] + ['an outline without a pixel in the picture']*2))
+    flat = dict(annotations[3], segmentation=[[1, 2, 3, 4, 20, 30]])
+    convert(changed_coco(coco, annotations=[*told['annotations'][:3], flat]), tmp_path/'flat')
+    made, wanted = train_pairs(tmp_path/'out'), train_pairs(tmp_path/'flat')
+    assert len(made) == 1 and read_mask(made[0].mask).any() and np.array_equal(read_mask(made[0].mask), read_mask(wanted[3].mask))
+
+
+def test_many_coco_outlines_take_little_memory():
+    import tracemalloc
+    from polyp_difom.data.convert import _coco_mask
+    tracemalloc.start()
+    mask = _coco_mask({}, [dict(segmentation=[[i, i, i + 9, i, i + 9, i + 9, i, i + 9]]) for i in range(100)])(500, 500)
+    assert mask.sum() > 1000 and tracemalloc.get_traced_memory()[1] < 10*mask.nbytes
+    tracemalloc.stop()
+
+
+def test_convert_leaves_no_part_empty(pairs, tmp_path):
+    source, names = relaid(pairs[:4], tmp_path/'source'), tmp_path/'test.txt'
+    for content, said in (('', 'no names in it'), (' \n\n', 'no names in it'), ('\n'.join(p.image.stem for p in pairs[:4]), 'leaves none to train on')):
+        names.write_text(content)
+        with pytest.raises(InputError, match=said): convert(source, tmp_path/'out', test=names)
+    with pytest.raises(InputError, match='leaves none to train on'): convert(source, tmp_path/'out', test=0.999)
+    for name in ('.hidden', '..', 'TrainDataset'):
+        with pytest.raises(InputError, match='test set'): convert(source, tmp_path/'out', test=0.5, test_name=name)
+    names.write_text(pairs[2].image.name, encoding='utf-8-sig')
+    broken = list_pairs(source)[2].image; content = broken.read_bytes(); broken.write_bytes(b'')
+    with pytest.raises(InputError, match='nothing to take for source'): convert(source, tmp_path/'out', test=names)
+    assert not (tmp_path/'out').exists()
+    broken.write_bytes(content); convert(source, tmp_path/'out', test=names)
+    assert [p.image.name for p in test_sets(tmp_path/'out')['source']] == [pairs[2].image.name] and len(train_pairs(tmp_path/'out')) == 3
+
+
+def test_convert_removes_what_dead_processes_left(pairs, tmp_path):
+    source = relaid(pairs[:2], tmp_path/'source')
+    code = ('import os, signal, sys; from polyp_difom.data import convert as c; '
+            'c._write = lambda *a: os.kill(os.getpid(), signal.SIGKILL); c.convert(*sys.argv[1:])')
+    assert subprocess.run([sys.executable, '-c', code, source, tmp_path/'out'], capture_output=True).returncode == -9
+    (left,) = tmp_path.glob('.out.part-*')
+    for name in (f'.out.part-{os.getpid()}-x', '.out.part-mine', '.other.part-0'): (tmp_path/name).mkdir()
+    convert(source, tmp_path/'out')
+    assert not left.exists() and {path.name for path in tmp_path.glob('.*')} == {f'.out.part-{os.getpid()}-x', '.out.part-mine', '.other.part-0'}
+
+
 def test_import_is_light():
     "Layouts, check and conversion need neither torch nor fastai nor timm."
     code = 'import sys; import polyp_difom.data.convert; print([name for name in ("torch", "fastai", "timm", "matplotlib", "transformers") if name in sys.modules])'

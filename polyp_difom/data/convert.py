@@ -6,7 +6,8 @@
 __all__ = ['convert']
 
 # %% ../../nbs/01_data/03_convert.ipynb #00ae5a27
-import json, os, shutil, tempfile
+import glob, json, os, re, shutil, tempfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,21 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..core import InputError, disk_full_error, name_some, parallel_map, read_bytes
+from ..core import InputError, disk_full_error, is_running, name_some, parallel_map, read_bytes
 from .images import IMAGE_SUFFIXES, Layout, find_coco, guess_layout, layout_advice, pair_up, read_image, read_mask, train_folder
 from .check import DataReport, Problem
 
 # %% ../../nbs/01_data/03_convert.ipynb #2a97e8d5
-def _check_polygon(polygon:list, height:int, width:int):
-    "Raise `InputError` for what cannot be filled."
-    try: points = np.asarray(polygon, float).reshape(-1, 2)
-    except (TypeError, ValueError): raise InputError('a polygon that is no list of x and y') from None
+def _points(polygon:list, height:int, width:int) -> np.ndarray: # (points, 2), x and y
+    "The points of a polygon, flat or as a list of points. Raises `InputError` for what cannot be filled."
+    try: points = np.asarray(polygon, float)
+    except (TypeError, ValueError, OverflowError): raise InputError('a polygon that is no list of x and y') from None
+    if points.ndim == 1 and points.size % 2 == 0: points = points.reshape(-1, 2)
+    if points.ndim != 2 or points.shape[1] != 2: raise InputError('a polygon that is no list of x and y')
     if len(points) < 3: raise InputError(f'a polygon of {len(points)} points')
     inside = (points >= [-width, -height]) & (points <= [2*width, 2*height]) # NaN is not
     if not inside.all(): raise InputError('a polygon far outside of the picture')
+    return points
 
 # %% ../../nbs/01_data/03_convert.ipynb #6233cac7
 def _check_runs(runs:dict, height:int, width:int):
@@ -48,19 +52,27 @@ def _unpack(runs:dict) -> np.ndarray:
     return mask.astype(bool)
 
 # %% ../../nbs/01_data/03_convert.ipynb #a081f1da
+def _polygon_runs(polygons:list, height:int, width:int) -> dict: # packed run lengths
+    "Fill polygons. Raises `InputError` for what cannot be filled."
+    points = [_points(polygon, height, width) for polygon in polygons]
+    if all(part.min() >= 0 and part.max() <= 1 for part in points): raise InputError('an outline in 0..1, not in pixels')
+    return coco_mask.merge(coco_mask.frPyObjects([part.ravel().tolist() for part in points], height, width))
+
+# %% ../../nbs/01_data/03_convert.ipynb #c5f9a5ae
 def _region(
     segmentation, # COCO's: list of polygons, or dict with `size` and `counts`
     height:int, width:int # of the picture
-) -> np.ndarray: # (height, width) bool
+) -> np.ndarray: # (height, width) bool, not empty
     "Fill one region. Raises `InputError` if there is nothing to fill."
-    if isinstance(segmentation, list) and segmentation:
-        for polygon in segmentation: _check_polygon(polygon, height, width)
-        runs = coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in segmentation], height, width))
+    if isinstance(segmentation, list) and segmentation: runs = _polygon_runs(segmentation, height, width)
     elif isinstance(segmentation, dict):
         _check_runs(segmentation, height, width)
-        runs = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation['counts'], list) else segmentation
+        runs = dict(size=[height, width], counts=segmentation['counts'])
+        if isinstance(runs['counts'], list): runs = coco_mask.frPyObjects(runs, height, width)
     else: raise InputError('a box without an outline')
-    return _unpack(runs)
+    mask = _unpack(runs)
+    if not mask.any(): raise InputError('an outline without a pixel in the picture')
+    return mask
 
 # %% ../../nbs/01_data/03_convert.ipynb #234a8ca2
 class _Item(NamedTuple):
@@ -80,17 +92,51 @@ def _read_coco(file:Path) -> dict:
             if not (isinstance(entry, dict) and keys <= entry.keys()): raise InputError(f'{file}: {part}[{i}] lacks {" or ".join(sorted(keys))}')
     return coco
 
+# %% ../../nbs/01_data/03_convert.ipynb #26954c4a
+def _key(number) -> str: # what COCO's `id`s are compared by
+    return str(int(number) if isinstance(number, float) and number.is_integer() else number)
+
+def _check_image_ids(coco:dict, file:Path):
+    "Raise `InputError` for an id of two images, and for annotations of none."
+    ids = [_key(entry['id']) for entry in coco['images']]
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
+        raise InputError(f'{file}: several images of id {name_some(twice)}; give each its own')
+    known = set(ids)
+    lost = [a['image_id'] for a in coco['annotations'] if _key(a['image_id']) not in known]
+    if lost: raise InputError(f'{file}: {len(lost)} of {len(coco["annotations"])} annotations belong to no image; image_id is {name_some(dict.fromkeys(map(str, lost)), 3)}')
+
 # %% ../../nbs/01_data/03_convert.ipynb #584f368b
+def _says_polyp(name:str): # True, False, or None if it takes a reader
+    words = re.findall(r'[^\W_]+', name.lower())
+    if re.search(r'\b(no|non|not|without) ?polyps?\b', ' '.join(words)) or not {'polyp', 'polyps'} & set(words): return False
+    return None if {'no', 'non', 'not', 'none', 'without', 'free', 'negative'} & set(words) else True
+
+# %% ../../nbs/01_data/03_convert.ipynb #fd66b21a
+def _category_names(coco:dict, file:Path) -> dict: # id -> name
+    "The declared categories. Raises `InputError` for an id of two names."
+    names = {}
+    for entry in coco.get('categories') or ():
+        name = names.setdefault(_key(entry['id']), str(entry.get('name')))
+        if name != str(entry.get('name')): raise InputError(f'{file}: category {entry["id"]} is both {name} and {entry.get("name")}; give each its own id')
+    return names
+
+def _declared_polyps(names:dict, file:Path) -> set: # of ids
+    "The categories that are polyp by their names. Raises `InputError` if that is not plain."
+    said = {i: _says_polyp(name) for i, name in names.items()}
+    if len(names) == 1 and not re.search(r'(?i)\b(no|non|not|without)[\W_]*polyp', *names.values()): return set(names)
+    if None in said.values() or True not in said.values():
+        raise InputError(f'{file}: categories {name_some(sorted(names.values()))}; say which is polyp, --categories NAME')
+    return {i for i, yes in said.items() if yes}
+
+# %% ../../nbs/01_data/03_convert.ipynb #0b7fc5aa
 def _polyp_categories(coco:dict, wanted, file:Path) -> set: # of ids
     "Ids of the categories that count as polyp. Raises `InputError` if that is not plain."
-    used = {annotation.get('category_id') for annotation in coco['annotations']}
-    names = {entry['id']: str(entry.get('name')) for entry in coco.get('categories', ()) if entry.get('id') in used}
-    if unknown := set(wanted) - {str(entry.get('name')) for entry in coco.get('categories', ())}:
-        raise InputError(f'{file}: no category {name_some(unknown)}; there are {name_some(names.values())}')
-    if wanted: return {i for i, name in names.items() if name in wanted}
-    polyps = {i for i, name in names.items() if 'polyp' in name.lower()} if len(used) > 1 else used
-    if used and not polyps: raise InputError(f'{file}: categories {name_some(sorted(names.values()))}; say which is polyp, --categories NAME')
-    return polyps
+    names, used = _category_names(coco, file), {_key(annotation.get('category_id')) for annotation in coco['annotations']}
+    if unknown := set(wanted) - set(names.values()): raise InputError(f'{file}: no category {name_some(unknown)}; there are {name_some(names.values())}')
+    if not names and len(used) > 1: raise InputError(f'{file}: annotations of categories {name_some(sorted(used))}, and no names for them; declare categories')
+    if not names: return used
+    if lost := sorted(used - names.keys()): raise InputError(f'{file}: annotations of category {name_some(lost)}, which is not declared; there are {name_some(names)}')
+    return {i for i, name in names.items() if name in wanted} if wanted else _declared_polyps(names, file)
 
 # %% ../../nbs/01_data/03_convert.ipynb #bdf607a2
 def _index(folder:Path) -> dict: # file name -> list of Path
@@ -116,7 +162,9 @@ def _coco_mask(entry:dict, annotations:list) -> Callable:
     def make(height, width):
         told = entry.get('height', height), entry.get('width', width)
         if told != (height, width): raise InputError(f'annotated as {told[1]}x{told[0]}, the upright picture is {width}x{height}')
-        return np.logical_or.reduce([np.zeros((height, width), bool), *(_region(a.get('segmentation'), height, width) for a in annotations)])
+        mask = np.zeros((height, width), bool)
+        for annotation in annotations: mask |= _region(annotation.get('segmentation'), height, width)
+        return mask
     return make
 
 # %% ../../nbs/01_data/03_convert.ipynb #e01bdf67
@@ -124,9 +172,10 @@ def _polyps_of(coco:dict, wanted, file:Path) -> dict: # image id -> list of anno
     "The annotations that are polyps. Raises `InputError` for a file that is not as COCO describes it."
     found = {}
     try:
+        _check_image_ids(coco, file)
         polyps = _polyp_categories(coco, wanted, file)
         for annotation in coco['annotations']:
-            if annotation.get('category_id') in polyps: found.setdefault(str(annotation['image_id']), []).append(annotation)
+            if _key(annotation.get('category_id')) in polyps: found.setdefault(_key(annotation['image_id']), []).append(annotation)
     except (AttributeError, KeyError, TypeError): raise InputError(f'{file}: categories or ids are not as COCO describes them') from None
     return found
 
@@ -137,7 +186,7 @@ def _coco_items(file:Path, wanted, index:dict) -> tuple: # list of `_Item`, list
     annotations = _polyps_of(coco, wanted, file)
     items, left = [], []
     for entry in coco['images']:
-        try: items.append(_Item(_find_picture(entry['file_name'], file, index), _coco_mask(entry, annotations.get(str(entry['id']), []))))
+        try: items.append(_Item(_find_picture(entry['file_name'], file, index), _coco_mask(entry, annotations.get(_key(entry['id']), []))))
         except InputError as error: left.append(Problem('left out', file.parent/str(entry['file_name']), str(error), 'note'))
     return items, left
 
@@ -163,28 +212,43 @@ def _pair_items(source:Path, layout:Layout) -> tuple: # list of `_Item`, list of
 # %% ../../nbs/01_data/03_convert.ipynb #4d992932
 def _read_names(file:Path, items:list) -> set: # of images
     "Images named in a file, by name or stem, one a line. Raises `InputError` for a name that is not there."
-    names = {line.strip() for line in read_bytes(file).decode(errors='replace').splitlines()} - {''}
+    names = {line.strip() for line in read_bytes(file).decode('utf-8-sig', errors='replace').splitlines()} - {''}
+    if not names: raise InputError(f'{file}: no names in it; write the images of the test set, one a line')
     known = {name for item in items for name in (item.image.name, item.image.stem)}
     if unknown := sorted(names - known): raise InputError(f'{file}: no image {name_some(unknown)}')
     return {item.image for item in items if names & {item.image.name, item.image.stem}}
 
 # %% ../../nbs/01_data/03_convert.ipynb #719dfaa4
-def _choose_test(items:list, test, seed:int) -> set: # of images
-    "Which images go into the test set."
-    if test is None: return set()
-    try: share = float(test)
-    except (TypeError, ValueError): return _read_names(Path(test), items)
-    if not 0 < share < 1 or seed < 0: raise InputError(f'test share {test} with seed {seed}: choose a share between 0 and 1, and a seed of 0 or more')
+def _draw(items:list, share:float, seed:int) -> set: # of images
+    "A share of the images, at least one."
+    if not 0 < share < 1 or seed < 0: raise InputError(f'test share {share} with seed {seed}: choose a share between 0 and 1, and a seed of 0 or more')
     return {items[i].image for i in np.random.default_rng(seed).permutation(len(items))[:max(1, round(share*len(items)))]}
 
+def _choose_test(items:list, test, seed:int) -> set: # of images
+    "Which images go into the test set. Raises `InputError` if none is left to train on."
+    if test is None or not items: return set()
+    try: share = float(test)
+    except (TypeError, ValueError): chosen = _read_names(Path(test), items)
+    else: chosen = _draw(items, share, seed)
+    if len(chosen) == len(items): raise InputError(f'test {test}: takes all of {len(items)} images and leaves none to train on')
+    return chosen
+
 # %% ../../nbs/01_data/03_convert.ipynb #92aae4cf
+def _sweep(parent:Path, start:str):
+    "Remove folders of that start whose process, named next, is no more."
+    for left in parent.glob(f'{glob.escape(start)}*'):
+        number = left.name[len(start):].split('-')[0]
+        if number.isdecimal() and not is_running(number): shutil.rmtree(left, ignore_errors=True)
+
+# %% ../../nbs/01_data/03_convert.ipynb #e4f377f0
 @contextmanager
 def _new_folder(out:Path): # yields the folder to write to
     "A folder that appears when it is complete. Raises `InputError` if something is there."
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f'{out}: not empty; give a new folder')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name[:60]}.part-'))
+        _sweep(out.parent, start := f'.{out.name[:60]}.part-')
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'{start}{os.getpid()}-'))
     except OSError as error: raise InputError(f'{out}: cannot be made ({error.strerror})') from None
     try:
         with disk_full_error(out, 'nothing was written'): yield temporary
@@ -202,15 +266,26 @@ def _write(item:_Item, folder:Path, stem:str) -> float: # polyp area in percent
     Image.fromarray(mask.astype(np.uint8)*255).save(folder/'masks'/f'{stem}.png')
     return 100*float(mask.mean())
 
+# %% ../../nbs/01_data/03_convert.ipynb #73cc8f06
+def _join(items:list) -> tuple: # list of `_Item`, each of another picture; list of `Problem`
+    "One item for each picture."
+    first, again = {}, []
+    def both(one, other): return lambda height, width: one(height, width) | other(height, width)
+    for item in items:
+        if item.image not in first: first[item.image] = item
+        else:
+            first[item.image] = item._replace(mask=both(first[item.image].mask, item.mask))
+            again.append(Problem('joined', item.image, 'annotated before', 'note'))
+    return list(first.values()), again
+
 # %% ../../nbs/01_data/03_convert.ipynb #31aaa88e
 def _name_items(items:list) -> tuple: # dict stem -> `_Item`, list of `Problem`
-    "A name for each picture, and those that have none, or were there before."
-    named, left, seen = {}, [], set()
+    "A name for each picture, and those that have none."
+    named, left = {}, []
     for item in items:
         free = [stem for stem in (item.image.stem, f'{item.image.parent.name}_{item.image.stem}') if stem not in named]
-        if item.image in seen or not free: left.append(Problem('left out', item.image, 'annotated before' if free else 'name taken', 'note'))
-        else: named[free[0]] = item
-        seen.add(item.image)
+        if free: named[free[0]] = item
+        else: left.append(Problem('left out', item.image, 'name taken', 'note'))
     return named, left
 
 # %% ../../nbs/01_data/03_convert.ipynb #8ba27d0d
@@ -238,23 +313,30 @@ def _items(source:Path, categories, layout:Layout) -> tuple: # list of `_Item`, 
     return [item for items, _ in parts for item in items], [problem for _, left in parts for problem in left]
 
 # %% ../../nbs/01_data/03_convert.ipynb #66a7c84c
+def _check_test_name(name:str):
+    "Raise `InputError` for what is no name of a folder in `TestDataset`."
+    if name.startswith('.') or '/' in name: raise InputError(f'test set {name}: give a name, not a path, and none that begins with a dot')
+    if name == 'TrainDataset': raise InputError(f'test set {name}: that is the training part; give another name')
+
+# %% ../../nbs/01_data/03_convert.ipynb #c4f7fe13
 def convert(
     source, # folder of a data set, or COCO's JSON file
     out, # folder of the new data set; must be new or empty
     test=None, # goes into `TestDataset/<test_name>`: a share between 0 and 1, or a file of image names, one a line
     seed:int=0, # of the share
     test_name:str=None, # name of the test set; that of the source if None
-    categories=(), # COCO's names of what is polyp; not needed if there is one category, or one is called polyp
+    categories=(), # COCO's names of what is polyp; not needed if one is declared, or one is called polyp
     layout:Layout=Layout() # of image and mask files, if their names do not tell
 ) -> DataReport: # what was left out and why; what was taken in `summary`
     "Write a data set in the benchmark's layout. Raises `InputError` if there is nothing to take, or something where it would go."
     source, out = Path(source), Path(os.path.realpath(out))
     test_name = test_name or (Path(os.path.realpath(source)).name if source.is_dir() else source.stem)
-    if test_name in ('.', '..') or '/' in test_name: raise InputError(f'test set {test_name}: give a name, not a path')
+    if test is not None: _check_test_name(test_name)
     items, problems = _items(source, categories, layout)
+    items, again = _join(items)
     named, left = _name_items(items)
     with _new_folder(out) as folder:
-        broken, areas = _write_all(named, _choose_test(items, test, seed), test_name, folder)
-        report = DataReport(problems + left + broken, areas)
-        if not any(map(len, areas.values())): raise InputError(f'{source}: nothing to take; {name_some(report, 3)}')
+        broken, areas = _write_all(named, _choose_test(list(named.values()), test, seed), test_name, folder)
+        report = DataReport(problems + again + left + broken, areas)
+        if bare := [name for name, part in areas.items() if not len(part)]: raise InputError(f'{source}: nothing to take for {name_some(bare)}; {name_some(report, 3)}')
     return report
