@@ -56,6 +56,7 @@ def is_running(pid:str) -> bool:
     except PermissionError: return True
     return True
 
+# %% ../nbs/00_core.ipynb #72214d27
 @contextmanager
 def atomic_path(
     path # the file that shall appear

@@ -60,6 +60,7 @@ def _figures(out, data, store, runs):
     yield 'frequencies.png', show_split(read_image(pairs[0].image), maps)
     yield 'losses.png', show_log(runs)
 
+# %% ../nbs/12_demo.ipynb #23fb7404
 def _road(data, run):
     "The test frame of median Dice, from the frame to its prediction."
     scores = pd.read_csv(run/'evaluation/Synthetic.csv').sort_values('Dice_05')
@@ -92,6 +93,7 @@ def demo(
     _write_report(out/'report.md', reports, seconds)
     return reports | dict(seconds=seconds)
 
+# %% ../nbs/12_demo.ipynb #ca9c4418
 def _write_report(path, reports, seconds):
     "The demo's findings as Markdown."
     tables = '\n'.join(report_markdown(report) for report in reports.values())

@@ -129,6 +129,7 @@ def _identity(path): # what two names of one file have in common
     except OSError: return None
     return status.st_dev, status.st_ino
 
+# %% ../../nbs/08_deploy/01_predictor.ipynb #c0bd09f0
 def _refuse_overwriting(
     paths, # of the pictures
     outputs, # of the files to be written

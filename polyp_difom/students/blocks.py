@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['student_registry', 'pad_to_multiple', 'crop', 'Student', 'eval_mode', 'measure_maps', 'encoder_modules',
-           'encoder_parameters', 'DoubleConv', 'pyramid', 'count_params_macs', 'register_student', 'try_network',
-           'backbone_file', 'timm_encoder', 'fill_from_file']
+           'encoder_parameters', 'DoubleConv', 'pyramid', 'register_student', 'try_network', 'backbone_file',
+           'timm_encoder', 'fill_from_file']
 
 # %% ../../nbs/04_students/00_blocks.ipynb #90a66764
 import warnings
