@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from polyp_difom.core import DamagedError, InputError, file_hash
 from polyp_difom.data.images import list_images
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.features import extract as extract_module
 from polyp_difom.features.extract import extract, extract_teacher
 from polyp_difom.features.store import FeatureStore, view_key
-from polyp_difom.targets.latent import build_targets
+from polyp_difom.targets.latent import TargetConfig, build_targets
 from polyp_difom.teachers.base import Teacher
 from polyp_difom.training.runs import train
 
@@ -340,3 +341,96 @@ def test_training_asks_for_teachers(fails, polyp_difom, data, tmp_path):
     extract(data, [COARSE.replace('levels=1', 'levels=2')], store, device='cpu')
     assert 'teachers coarse levels 1 then, 2 now' in fails('train', '--resume', tmp_path/'run')
     assert not (tmp_path/'other').exists()
+
+
+def edited(file, **changes):
+    "Change fields of a JSON file; `a__b` is field b of a, None takes it away."
+    content = json.loads(file.read_text())
+    for path, value in changes.items():
+        *way, last = path.split('__')
+        at = content
+        for step in way: at = at[step]
+        if value is None: del at[last]
+        else: at[last] = value
+    file.write_text(json.dumps(content))
+
+
+def grid(*shape): return dict(name='regular', configuration=dict(chunk_shape=shape))
+
+
+EDITED = {'another type': dict(data_type='int16', fill_value=0), 'another teacher': dict(attributes__provenance__teacher='dinov2'), 'no provenance': dict(attributes__provenance=None),
+          'provenance is text': dict(attributes__provenance='dinov2'), 'two axes': dict(shape=(6, 18), chunk_grid=grid(1, 18)), 'no axis': dict(shape=(), chunk_grid=grid()),
+          'chunks of two rows': dict(chunk_grid=grid(2, 18, 4, 4)), 'no channels': dict(shape=(6, 0, 4, 4), chunk_grid=grid(1, 1, 4, 4)),
+          'vast maps': dict(shape=(6, 18, 10**10, 10**10), chunk_grid=grid(1, 18, 10**10, 10**10)), 'vast rows': dict(shape=(3*10**9, 18, 4, 4))}
+
+
+@pytest.mark.parametrize('changes', EDITED.values(), ids=EDITED)
+def test_metadata_that_say_something_else_are_refused(changes, store, frames):
+    "Bits of another type or a teacher of another name would pass for what was asked; the rest would end in a traceback."
+    images, file = list_images(frames/'six'), store/'features/coarse/zarr.json'
+    good, before = file.read_bytes(), maps_of(store, images)
+    edited(file, **changes)
+    for use in (lambda: FeatureStore(store).array('coarse'), lambda: build_targets(FeatureStore(store), images, (4, 4), 8), lambda: extract(frames/'six', [COARSE], store, device='cpu')):
+        with pytest.raises(DamagedError, match='features/coarse/zarr.json: damaged; put it back from a copy, or remove its folder'): use()
+    file.write_bytes(good)
+    assert all(map(np.array_equal, maps_of(store, images), before))
+
+
+@pytest.mark.parametrize('changes', [dict(shape=(3*10**9, 16)), dict(shape=(6, 17)), dict(shape=(6,), chunk_grid=grid(4096)), dict(data_type='float32', fill_value=0.)], ids=str)
+def test_an_index_that_no_store_writes_is_refused(changes, store, frames):
+    edited(store/'index/zarr.json', **changes)
+    for use in (lambda: FeatureStore(store).rows, lambda: extract(frames/'six', [COARSE], store, device='cpu')):
+        with pytest.raises(DamagedError, match='index/zarr.json: damaged; it knows which map'): use()
+
+
+@pytest.mark.parametrize('teachers', ['coarse', [1], ['..'], {'coarse': 1}], ids=str)
+def test_a_list_of_teachers_that_is_none_is_refused(teachers, store, frames):
+    edited(store/'features/zarr.json', attributes__teachers=teachers)
+    with pytest.raises(DamagedError, match='features/zarr.json: damaged; remove it'): maps_of(store, list_images(frames/'six'))
+
+
+@pytest.mark.parametrize('where', [np.s_[3, 1, 2], np.s_[0, 0, 0], np.s_[:]], ids=str)
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_map_that_is_not_finite_is_named_and_made_again(value, where, store, frames):
+    images = list_images(frames/'six')
+    before, features = maps_of(store, images), FeatureStore(store)
+    spoilt = before[4].copy()
+    spoilt[where] = value
+    features.array('coarse')[features.rows[file_hash(images[4])]] = spoilt
+    with pytest.raises(InputError, match=f'coarse for .*{images[4].name}'): build_targets(FeatureStore(store), images, (4, 4), 8)
+    assert extract(frames/'six', [COARSE], store, device='cpu')[0]['images'] == 1
+    assert all(map(np.array_equal, maps_of(store, images), before))
+
+
+def test_a_target_that_is_not_finite_is_made_again(store, frames):
+    images = list_images(frames/'six')
+    targets = build_targets(FeatureStore(store), images, (4, 4), 8)
+    before = targets[2].copy()
+    spoilt = before.copy()
+    spoilt[1, 2, 3, 3] = np.nan
+    edit = zarr.open_group(targets.path, mode='r+')['targets']
+    edit[2] = spoilt
+    with pytest.raises(DamagedError, match=f'target of .*{images[2].name}: damaged'): targets[2]
+    assert np.array_equal(build_targets(FeatureStore(store), images, (4, 4), 8)[2], before)
+
+
+@pytest.mark.parametrize('name', ['', 'zarr.json', 'ZARR.json', '.zarray', '.zgroup', '..', '../coarse', 'a/../b', None], ids=repr)
+def test_a_name_that_is_the_stores_own_is_refused_and_nothing_written(name, store, frames):
+    before = {path: path.read_bytes() for path in store.rglob('*') if path.is_file() and path.name != '.lock'}
+    with pytest.raises(InputError, match='no teacher can be called'): FeatureStore(store).add_teacher(dict(teacher=name), (18, 4, 4))
+    if name == 'zarr.json':
+        with pytest.raises(InputError, match='zarr.json'): extract(frames/'six', ['filterbank,size=32,levels=1,name=zarr.json'], store, device='cpu')
+    assert {path: path.read_bytes() for path in store.rglob('*') if path.is_file() and path.name != '.lock'} == before
+
+
+def test_an_alias_with_a_folder_in_it_is_kept(store, frames):
+    "The name of an array is made of the teacher's, and is held against it."
+    extract(frames/'six', ['filterbank,size=32,levels=1,name=mine/coarse.v1'], store, device='cpu')
+    features, images = FeatureStore(store), list_images(frames/'six')
+    assert features.teachers == ['coarse', 'mine/coarse.v1'] and features.array('mine/coarse.v1').attrs['provenance']['teacher'] == 'mine/coarse.v1'
+    build_targets(features, images, (4, 4), 8)
+
+
+@pytest.mark.parametrize('seed', [True, False])
+def test_a_seed_is_no_truth_value(seed):
+    with pytest.raises(InputError, match='projection_seed: (True|False) is no whole number'): TargetConfig(projection_seed=seed)

@@ -6,7 +6,7 @@
 __all__ = ['views', 'view_key', 'new_array', 'open_group', 'FeatureStore']
 
 # %% ../../nbs/03_features/01_store.ipynb #0a9a993a
-import hashlib, os, re, warnings
+import hashlib, math, os, re, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +68,8 @@ def _chunk_rows(
 # %% ../../nbs/03_features/01_store.ipynb #cbe31926
 _remedies = {'': 'remove it and run `polyp-difom extract` again; no map is lost',
              'features': 'remove it and run `polyp-difom extract` again; no map is lost',
-             'index': 'it knows which map belongs to which image: put it back from a copy, or remove the store and run `polyp-difom extract` again'}
+             'index': 'it knows which map belongs to which image: put it back from a copy, or remove the store and run `polyp-difom extract` again',
+             'maps': 'put it back from a copy, or remove its folder and run `polyp-difom extract` again'}
 
 # %% ../../nbs/03_features/01_store.ipynb #61692b1b
 class FeatureStore:
@@ -115,14 +116,33 @@ def lock(self:FeatureStore):
     try: yield
     finally: self.files.rm_file(f'{self.root}/.lock')
 
+# %% ../../nbs/03_features/01_store.ipynb #ccb057f3
+_most_rows, _most_values = 2**24, 2**28 # in a store, in a map
+
+def _check_index(array):
+    "Raises `ValueError` for an index that no store writes."
+    if array.dtype != np.uint8 or array.shape[1:] != (16,) or array.shape[0] > _most_rows: raise ValueError
+
+# %% ../../nbs/03_features/01_store.ipynb #877b28f7
+def _key(teacher:str) -> str:
+    "A teacher's name as the name of an array."
+    return teacher.replace('/', '--')
+
+def _check_maps(array, key:str):
+    "Raises an error for an array that no extraction writes: the reader would take its bits, or its teacher, for something else."
+    rows, *shape = array.shape
+    if array.dtype != np.float16 or len(shape) != 3 or array.chunks != (1, *shape): raise ValueError
+    if rows > _most_rows or not 0 < math.prod(shape) <= _most_values: raise ValueError
+    if _key(array.attrs['provenance']['teacher']) != key: raise ValueError
+
 # %% ../../nbs/03_features/01_store.ipynb #f991e2b1
 @patch
 def _open(self:FeatureStore, path:str):
-    "A group or an array of the store."
-    maps = 'put it back from a copy, or remove its folder and run `polyp-difom extract` again'
-    with damage_error(f'{self.path}/{path}/{_metadata}', _remedies.get(path, maps)):
+    "A group or an array of the store. Raises `DamagedError` if its metadata are not what was written."
+    with damage_error(f'{self.path}/{path}/{_metadata}', _remedies.get(path, _remedies['maps'])):
         found = self.group[path]
-        if path != 'features': found.shape, dict(found.attrs) # a group has no shape; Zarr 2 reads attributes late
+        if path == 'index': _check_index(found)
+        elif path != 'features': _check_maps(found, path.removeprefix('features/'))
         return found
 
 # %% ../../nbs/03_features/01_store.ipynb #7a598b90
@@ -138,17 +158,19 @@ def rows(self:FeatureStore) -> dict: # key -> row
 @patch
 def __len__(self:FeatureStore): return len(self.rows)
 
-# %% ../../nbs/03_features/01_store.ipynb #6dc6be0c
-def _key(teacher:str) -> str:
-    "A teacher's name as the name of an array."
-    return teacher.replace('/', '--')
+# %% ../../nbs/03_features/01_store.ipynb #aa8d4ace
+def _is_name(teacher) -> bool:
+    "Whether an array may be called so: Zarr keeps its metadata in `zarr.json` and `.z*`."
+    return isinstance(teacher, str) and teacher.lower() not in ('', 'zarr.json') and teacher[0] != '.' and '..' not in teacher
 
 # %% ../../nbs/03_features/01_store.ipynb #fcd459dc
 @patch(as_prop=True)
 def teachers(self:FeatureStore) -> list:
     "Names of the teachers whose maps are here."
     with damage_error(f'{self.path}/features/{_metadata}', _remedies['features']):
-        return sorted(self.group['features'].attrs.get('teachers', [])) if 'features' in self.group else []
+        found = self.group['features'].attrs.get('teachers', []) if 'features' in self.group else []
+        if not isinstance(found, list) or not all(map(_is_name, found)): raise ValueError
+        return sorted(found)
 
 # %% ../../nbs/03_features/01_store.ipynb #fe50b4a6
 @patch
@@ -167,7 +189,7 @@ def check_teacher(self:FeatureStore,
 ):
     "Raise `InputError` with the difference if the maps here are not this teacher's."
     name = provenance['teacher']
-    held = dict(self.array(name).attrs).get('provenance', {})
+    held = self.array(name).attrs['provenance']
     different = [f'{k} {held.get(k)} instead of {provenance.get(k)}' for k in sorted(held | provenance) if k != 'origin' and held.get(k) != provenance.get(k)]
     if different: raise InputError(f'{self.path}: holds other features of {name}: {"; ".join(different)}; choose another store')
 
@@ -189,8 +211,8 @@ def add_teacher(self:FeatureStore,
     provenance:dict, # of the teacher: name, revision, size, preprocessing
     shape:tuple # (C, h, w) of its maps
 ):
-    "Make room for a teacher, or see that the one here is the same. Raises `InputError` with the difference."
-    name = provenance['teacher']
+    "Make room for a teacher, or see that the one here is the same. Raises `InputError` with the difference, or for a name that the store cannot use."
+    if not _is_name(name := provenance['teacher']): raise InputError(f'{self.path}: no teacher can be called {name!r} here; give it another name with name=')
     with self.lock():
         listed, features, path = self.teachers, self.group.require_group('features'), f'features/{_key(name)}'
         held = self._exists(name) if name in listed else _chunk_rows(self.path, path) # maps remain where the list was lost
@@ -247,9 +269,12 @@ def missing(self:FeatureStore,
 
 # %% ../../nbs/03_features/01_store.ipynb #2911fb7e
 @patch
-def _read_row(self:FeatureStore, teacher:str, row:int, image): # (C, h, w) float16
-    "One map by its number."
-    with damage_error(f'{self.path}: the map of {teacher} for {image}', 'run `polyp-difom extract` again'): return self.array(teacher)[row]
+def _read_row(self:FeatureStore, teacher:str, row:int, image): # (C, h, w) float16, NaN if nothing is there
+    "One map by its number. Raises `DamagedError` if it is not what was written, or not finite."
+    with damage_error(f'{self.path}: the map of {teacher} for {image}', 'run `polyp-difom extract` again'):
+        found = self.array(teacher)[row]
+        if not np.isfinite(found).all() and not np.isnan(found).all(): raise ValueError
+        return found
 
 # %% ../../nbs/03_features/01_store.ipynb #1db51f3d
 @patch
@@ -301,6 +326,6 @@ def damaged(self:FeatureStore,
 ) -> set: # of rows
     "Which maps are not what was written."
     def fails(row):
-        try: self._read_row(teacher, row, f'row {row}')
+        try: return np.isnan(self._read_row(teacher, row, f'row {row}').flat[0])
         except DamagedError: return True
     return {row for row, failed in zip(rows, parallel_map(fails, rows, 'verifying')) if failed}
