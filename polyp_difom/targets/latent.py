@@ -35,7 +35,7 @@ class TargetConfig:
         for what, name, known in (('split', self.split, splits), ('standardisation', self.standardise, standardisations), ('projection', self.projection, projections)):
             if not isinstance(name, str) or name not in known: raise InputError(f'unknown {what} {name}; {nearest(str(name), known)}')
         if not _is_number(self.cutoff) or not 0 <= self.cutoff <= 1.42: raise InputError(f'cutoff: {self.cutoff} is not between 0 and 1.42 (fraction of Nyquist)')
-        if not isinstance(self.projection_seed, int) or not 0 <= self.projection_seed < 2**63: raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
+        if not isinstance(self.projection_seed, int) or isinstance(self.projection_seed, bool) or not 0 <= self.projection_seed < 2**63: raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
         object.__setattr__(self, 'teacher', (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher))
 
 # %% ../../nbs/05_targets/03_latent.ipynb #4bc9fa2d
@@ -149,7 +149,7 @@ def __getitem__(self:TargetStore, i:int): # (2, C, h, w) float16: LFC and HFC
     "The target of the i-th image. Raises `DamagedError` if it is not what was written."
     with damage_error(f'{self.path}: the target of {self.images[i]}', _remedy):
         found = self.array[self.rows[i]]
-        if np.isnan(found.flat[0]): raise FileNotFoundError # an empty row reads as NaN
+        if not np.isfinite(found).all(): raise FileNotFoundError if np.isnan(found).all() else ValueError # an empty row reads as NaN
         return found
 
 # %% ../../nbs/05_targets/03_latent.ipynb #bcd2a8dc
