@@ -22,14 +22,14 @@ from polyp_difom.targets.frequency import split_frequency
 from polyp_difom.targets.latent import TargetConfig, build_targets
 from polyp_difom.teachers.base import Teacher, register_teacher
 from polyp_difom.teachers.registry import create_teacher, list_teachers
-from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochSeed, PhaseSchedule, TargetWatch
+from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochSeed, PhaseSchedule, TargetWatch, dice_score
 from polyp_difom.training.learner import difom_learner
 from polyp_difom.training.losses import latent_losses, losses
 from polyp_difom.training.runs import TrainConfig, resume, train
 
 __all__ = ['Distillation', 'EncoderFreeze', 'EpochSeed', 'FeatureStore', 'InputError', 'Layout', 'Pair', 'PhaseSchedule', 'PolypDataset', 'PolypDiFoM', 'SegmentationMetrics',
            'Student', 'TargetConfig', 'TargetWatch', 'Teacher', 'TrainConfig', 'build_targets', 'check', 'convert', 'create_student', 'create_teacher', 'demo',
-           'difom_learner', 'evaluate', 'export_onnx', 'extract', 'frequency_widget', 'import_published', 'latent_losses', 'list_images', 'list_pairs',
+           'dice_score', 'difom_learner', 'evaluate', 'export_onnx', 'extract', 'frequency_widget', 'import_published', 'latent_losses', 'list_images', 'list_pairs',
            'list_students', 'list_teachers', 'load_model', 'load_predictor', 'load_published', 'losses', 'make_synthetic', 'polyp_dataloaders', 'predict_files',
            'read_image', 'read_mask', 'read_run', 'register_student', 'register_teacher', 'resume', 'save_model', 'score_folder', 'score_map', 'show_frequency',
            'show_log', 'show_pairs', 'show_split', 'show_targets', 'split_frequency', 'split_pairs', 'synthetic_frame', 'test_sets', 'train', 'train_pairs']

@@ -197,7 +197,7 @@ def parse_spec(
     spec:str # `name[=PATH-OR-REPOSITORY][,option=value …]`
 ) -> tuple: # name, checkpoint or None, dict of options
     "Take the specification of a teacher, or a student, apart."
-    first, *rest = spec.split(',')
+    first, *rest = re.split(r',(?![^([]*[)\]])', spec) # not inside brackets
     name, _, checkpoint = first.partition('=')
     options = {}
     for part in rest:

@@ -335,7 +335,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_files_and_keeps_the_checkp
 
 
 def test_a_diverging_loss_stops(data, tmp_path):
-    with pytest.raises(InputError, match='epoch 1, step .: the loss is .*lower the learning rate'): train(data, tmp_path/'run', lr=1e7, **SHORT)
+    with pytest.raises(InputError, match='epoch 1, step .: the loss is .*lower learning rate'): train(data, tmp_path/'run', lr=1e7, **SHORT)
     assert not (tmp_path/'run/last.safetensors').exists()
 
 

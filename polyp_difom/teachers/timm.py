@@ -28,6 +28,7 @@ def timm_options(
 ) -> tuple: # names
     "What the class of a timm network takes. None of it is a file or an address."
     import timm
+    if not timm.is_model(network): raise InputError(f'unknown timm network {network}; {nearest(network, timm.list_models())}')
     with torch.device('meta'): kind = type(timm.create_model(network))
     return tuple(name for name in inspect.signature(kind).parameters if name not in _ours)
 

@@ -285,7 +285,8 @@ def summary_lines(
     config = json.loads((Path(run)/'config.json').read_text())
     minutes, seconds = divmod(round(config['seconds']), 60)
     data = Path(config['data'])
-    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))}' if (data/'TestDataset').is_dir() else
+    options = [word for name, value in config['settings']['layout'].items() if value not in (None, 128) for word in _words(name, value)]
+    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {shlex.join(options)}'.rstrip() if (data/'TestDataset').is_dir() else
                  f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA')
     return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', next_step]
 
