@@ -62,7 +62,7 @@ def create_teacher(
 # %% ../../nbs/02_teachers/08_registry.ipynb #813fac0f
 def _alias(name:str, alias) -> str:
     "A name that is fit for a folder."
-    if isinstance(alias, str) and re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', alias): return alias
+    if isinstance(alias, str) and alias != 'zarr.json' and re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', alias): return alias
     raise InputError(f'teacher {name}: name={alias}: use letters, digits, and . _ + - between them')
 
 def _check_finite(name:str, checkpoint, teacher:Teacher):
