@@ -467,3 +467,48 @@ def test_any_checkpoint_is_loaded_or_named(changes, good_run, tmp_path_factory):
     with time_limit():
         try: assert all(value.isfinite().all() for value in read_run(run)[0].state_dict().values())
         except InputError as error: assert 'best.safetensors' in str(error)
+
+
+# ---- what must not stand in for something else
+
+def test_numbers_replace_nothing_but_earlier_numbers(own, own_run, attempt, tmp_path):
+    mask = sorted((own/'TestDataset/Synthetic/masks').iterdir())[0]
+    for file in (own_run/'config.json', mask, tmp_path): assert attempt(own, 'evaluate', own_run, own, '--json', file)[0] == 1
+    assert not (own_run/'evaluation').exists()
+    command = 'evaluate', own_run, own, '--json', tmp_path/'scores.json'
+    assert attempt(own, *command)[0] == 0
+    assert 'overwrite' in attempt(own, *command)[1] and attempt(own, *command, '--overwrite')[0] == 0
+
+
+def test_predictions_replace_no_masks(own, own_run, attempt):
+    folder = own/'TestDataset/Synthetic'
+    code, error, _ = attempt(own, 'predict', own_run, folder/'images', '--out', folder/'masks', '--overwrite')
+    assert code == 1 and 'masks' in error
+
+
+def test_scores_on_frames_of_the_training_are_called_so(good, own_run, attempt, tmp_path):
+    flat = shutil.copytree(good/'TrainDataset', tmp_path/'flat')
+    code, _, said = attempt(flat, 'evaluate', own_run, flat, '--json', tmp_path/'scores.json')
+    assert code == 0 and 'trained or selected on 6 of' in ' '.join(said.split())
+    assert json.loads((tmp_path/'scores.json').read_text())['sets']['flat']['trained_on'] == 6
+    assert 'trained or selected' not in attempt(good, 'evaluate', own_run, good)[2]
+
+
+def test_a_metric_does_not_stand_in_for_dice(good, tmp_path):
+    from polyp_difom.training.runs import train
+    def dice(logits, mask): return torch.tensor(.9)
+    with pytest.raises(InputError, match='valid_dice'): train(good, tmp_path/'run', metrics=[dice], size=32, width=2, epochs=(1, 0, 0), batch_size=4, valid=.25, device='cpu')
+    assert not (tmp_path/'run').exists()
+
+
+def test_one_training_at_a_time_in_a_folder(good, own_run, attempt):
+    from filelock import FileLock
+    with FileLock(own_run/'.lock'):
+        code, error, _ = attempt(good, 'train', '--resume', own_run, '--epochs', '2', '0', '0', '--device', 'cpu')
+    assert code == 1 and 'another training' in error
+
+
+def test_a_run_whose_settings_were_edited_is_not_resumed(good, own_run, attempt):
+    set_in('lr', 0.5)(own_run)
+    code, error, _ = attempt(good, 'train', '--resume', own_run, '--epochs', '2', '0', '0', '--device', 'cpu')
+    assert code == 1 and 'config.json was changed' in error
