@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'is_running', 'atomic_path', 'to_place', 'filesystem', 'read_bytes',
            'bytes_hash', 'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error',
-           'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'check_number',
-           'heed_offline', 'hub_error', 'find_device']
+           'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'is_whole',
+           'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
-import ast, difflib, errno, glob, hashlib, os, re, reprlib, socket, stat, tempfile, warnings
+import ast, difflib, errno, glob, hashlib, math, os, re, reprlib, socket, stat, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -237,14 +237,22 @@ def check_options(
         if not _is_plain(value): raise InputError(f'{what}: option {name} takes a number up to 65536 in size, text, or a list of these')
 
 # %% ../nbs/00_core.ipynb #b9f9cf72
+def is_whole(value, low=0, high=2**63 - 1) -> bool:
+    "Is it a whole number within bounds? True and False are none."
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+def is_number(value, low=-math.inf, high=math.inf) -> bool:
+    "Is it a finite number within bounds?"
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf and low <= value <= high
+
 def check_number(
     what:str, # it is, as `student unet: width`
     value, # as given
     low, high, # bounds, inclusive; whole numbers if `low` is one
 ):
     "A number within its bounds. Raises `InputError`."
-    kind, name = (int, 'a whole number') if isinstance(low, int) else ((int, float), 'a number')
-    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high: return value
+    fits, name = (is_whole, 'a whole number') if isinstance(low, int) else (is_number, 'a number')
+    if fits(value, low, high): return value
     raise InputError(f'{what} is {reprlib.repr(value)}; give {name} from {low} to {high}')
 
 # %% ../nbs/00_core.ipynb #5c8575dc

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .core import InputError, atomic_path, name_some
+from .core import InputError, atomic_path, is_whole, name_some
 
 # %% ../nbs/00a_weights.ipynb #11068d56
 def weights_hash(module:nn.Module) -> str: # 16 hexadecimal digits
@@ -109,7 +109,7 @@ def unloaded_weights(
 # %% ../nbs/00a_weights.ipynb #875e0011
 def whole_number(low:int, high:int) -> tuple: # for `check_fields`
     "What a whole number within limits is called, and whether a value is one."
-    return f'a whole number from {low} to {high}', lambda value: type(value) is int and low <= value <= high
+    return f'a whole number from {low} to {high}', lambda value: is_whole(value, low, high)
 
 def of_type(name:str, *types) -> tuple: # for `check_fields`
     "What a value of these types is called, and whether a value is one."

@@ -28,7 +28,7 @@ from polyp_difom.targets.latent import build_targets
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, StopOnDivergence, TargetCollapse, TargetWatch, adam,
                                             dice_score)
 from polyp_difom.training.learner import TrainConfig, difom_learner
-from polyp_difom.training.losses import OutputLoss, align_latent, latent_losses, losses
+from polyp_difom.training.losses import OutputLoss, align_latent, latent_losses, losses, segmentation_loss
 from polyp_difom.training.runs import read_log, resume, summary_lines, train
 from polyp_difom.weights import read_tensors
 
@@ -532,3 +532,30 @@ def test_forty_real_frames_in_a_learner(real_data, tmp_path):
     assert learn.predict(picture).shape == Image.open(picture).size[::-1]
     run = train(tmp_path/'data', tmp_path/'run', features=tmp_path/'store', **(SHORT | dict(size=96)))
     assert len(read_log(resume(run, epochs=(1, 1, 2), device='cpu'))) == 4
+
+
+def test_an_optimiser_of_fastais_own_trains_through_the_phases(data, features):
+    from fastai.optimizer import Adam
+    model = small_model()
+    learn = difom_learner(parts_of(data, features, model=model), model, distill=Distillation(), opt_func=Adam)
+    with learn.no_bar(), learn.no_logging(): learn.fit_phases((0, 1, 1), lr=1e-3)
+    assert len(learn.recorder.values) == 2
+
+
+def test_an_optimiser_that_overflows_stops(data, tmp_path):
+    def huge(logits, mask): return 1e25*segmentation_loss(logits, mask)
+    with pytest.raises(InputError, match='epoch 1, no numbers in optimizer'): train(data, tmp_path/'run', loss=huge, **SHORT)
+
+
+def test_the_command_of_an_extended_run_of_ones_own_student_is_a_call(data, tmp_path):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.head = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Conv2d(8, 1, 1)
+        def encode(self, x): return [self.down(x)]
+        def decode(self, maps): return F.interpolate(self.head(maps[0]), scale_factor=2)
+    run = train(data, tmp_path/'run', **(SHORT | dict(student=Own())))
+    resume(run, epochs=(1, 1, 2), student=Own(), device='cpu')
+    config = json.loads((run/'config.json').read_text())
+    assert config['settings']['epochs'] == [1, 1, 2] and len(config['resumed']) == 1
+    assert config['command'].startswith('train(') and 'epochs=(1, 1, 2)' in config['command'] and 'Own' in config['command']

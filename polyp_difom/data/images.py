@@ -12,7 +12,7 @@ __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'open_image', 'orientation', 'read_image
 import os, re, shlex
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -328,8 +328,8 @@ def layout_options(
     layout:Layout
 ) -> str: # as on the command line
     "The options that say this layout."
-    given = [('--images', layout.images), ('--masks', layout.masks), ('--mask-suffix', layout.mask_suffix)]
-    return shlex.join(part for option, value in given if value for part in (option, value))
+    given = [(f'--{field.name.replace("_", "-")}', getattr(layout, field.name)) for field in fields(layout) if getattr(layout, field.name) not in ('', field.default)]
+    return shlex.join(str(part) for option in given for part in option)
 
 # %% ../../nbs/01_data/01_images.ipynb #f5d49ea5
 def layout_advice(

@@ -20,9 +20,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, disk_full_error, file_hash, parallel_map, printable
+from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
 from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
-from ..data.loaders import fingerprint
+from ..data.loaders import hash_pairs
 from ..model.model import PolypDiFoM, predict
 from ..deploy.predictor import read_run
 from ..show.figures import show_extremes
@@ -82,8 +82,7 @@ def _versions() -> dict:
 
 def _command(run, data, layout:Layout) -> str:
     "The command that makes this evaluation."
-    above = f'--mask-above {layout.mask_above}' if layout.mask_above != Layout().mask_above else ''
-    return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout), above]))
+    return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout)]))
 
 def _describe(run, data, layout:Layout, settings:dict) -> dict:
     "What is evaluated."
@@ -140,12 +139,10 @@ def _results_folder(run) -> Path:
     return out
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #74efaa63
-def _count_seen(run, pairs:list) -> int:
-    "How many of these images the run was trained or selected on, told by their bytes."
+def _seen_images(run) -> set: # of hashes
+    "The images that a run was trained or selected on."
     files = Path(run)/'files.csv'
-    if not files.is_file(): return 0
-    seen = set(pd.read_csv(files).get('image_hash', ()))
-    return sum(file_hash(pair.image).hex() in seen for pair in pairs)
+    return set(pd.read_csv(files).get('image_hash', ())) if files.is_file() else set()
 
 # %% ../../nbs/10_evaluation/03_benchmark.ipynb #3dc9b7a1
 def evaluate(
@@ -158,10 +155,11 @@ def evaluate(
     start, (model, settings) = time.perf_counter(), read_run(run, student)
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     _check_sets(sets, layout.mask_above)
-    report, beside, written = _describe(run, data, layout, settings) | dict(sets={}), published(settings['student'], settings['distilled']), {}
+    report, seen, beside, written = _describe(run, data, layout, settings) | dict(sets={}), _seen_images(run), published(settings['student'], settings['distilled']), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
-        report['sets'][name] = summary | dict(fingerprint=fingerprint(pairs), trained_on=_count_seen(run, pairs), published=beside.get(name, {}))
+        known_by, images = hash_pairs(pairs)
+        report['sets'][name] = summary | dict(fingerprint=known_by, trained_on=sum(image in seen for image in images), published=beside.get(name, {}))
         written |= files
     report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
     texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}

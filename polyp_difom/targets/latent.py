@@ -6,7 +6,7 @@
 __all__ = ['TargetConfig', 'TargetStore', 'build_targets']
 
 # %% ../../nbs/05_targets/03_latent.ipynb #87633426
-import hashlib, json, math, os, shutil
+import hashlib, json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, nearest, parallel_map, unwritable_error
+from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, is_number, is_whole, nearest, parallel_map, unwritable_error
 from ..features.store import FeatureStore, new_array, open_group
 from .frequency import split_frequency, splits
 from .projection import fit_projection, joint_covariance, projections, resize, sample, standardisations, teacher_gram
@@ -34,12 +34,9 @@ class TargetConfig:
     def __post_init__(self):
         for what, name, known in (('split', self.split, splits), ('standardisation', self.standardise, standardisations), ('projection', self.projection, projections)):
             if not isinstance(name, str) or name not in known: raise InputError(f'unknown {what} {name}; {nearest(str(name), known)}')
-        if not _is_number(self.cutoff) or not 0 <= self.cutoff <= 1.42: raise InputError(f'cutoff: {self.cutoff} is not between 0 and 1.42 (fraction of Nyquist)')
-        if not isinstance(self.projection_seed, int) or isinstance(self.projection_seed, bool) or not 0 <= self.projection_seed < 2**63: raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
+        if not is_number(self.cutoff, 0, 1.42): raise InputError(f'cutoff: {self.cutoff} is not between 0 and 1.42 (fraction of Nyquist)')
+        if not is_whole(self.projection_seed): raise InputError(f'projection_seed: {self.projection_seed} is no whole number from 0 on')
         object.__setattr__(self, 'teacher', (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher))
-
-# %% ../../nbs/05_targets/03_latent.ipynb #4bc9fa2d
-def _is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../../nbs/05_targets/03_latent.ipynb #54b91451
 class TargetBuilder:

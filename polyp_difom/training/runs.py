@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..weights import read_tensors, save_tensors
-from ..data.images import Layout, train_pairs
+from ..data.images import Layout, layout_options, train_pairs
 from ..data.loaders import PolypDataset, polyp_dataloaders, split_pairs
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
@@ -31,8 +31,8 @@ from ..students.registry import create_student, list_students
 from ..targets.latent import TargetConfig, build_targets
 from ..model.model import PolypDiFoM, amp_dtype, save_model
 from .losses import OutputLoss, latent_losses, losses
-from .callbacks import Distillation, EpochLog, EpochSeed, dice_score
-from .learner import TrainConfig, difom_learner, learner_tensors, load_learner_tensors
+from .callbacks import Distillation, EpochLog, EpochSeed, dice_score, learner_tensors
+from .learner import TrainConfig, difom_learner, load_learner_tensors
 
 # %% ../../nbs/07_training/04_runs.ipynb #c4290265
 def _settings_digest(out:Path) -> str:
@@ -285,8 +285,7 @@ def summary_lines(
     config = json.loads((Path(run)/'config.json').read_text())
     minutes, seconds = divmod(round(config['seconds']), 60)
     data = Path(config['data'])
-    options = [word for name, value in config['settings']['layout'].items() if value not in (None, 128) for word in _words(name, value)]
-    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {shlex.join(options)}'.rstrip() if (data/'TestDataset').is_dir() else
+    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {layout_options(Layout(**config["settings"]["layout"]))}'.rstrip() if (data/'TestDataset').is_dir() else
                  f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA')
     return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', next_step]
 
@@ -308,9 +307,13 @@ def _absolute(place):
     place = to_place(place)
     return place.absolute() if isinstance(place, Path) else place
 
+def _places(data, features) -> dict:
+    "Where a run's data and features are, for `config.json`."
+    return dict(data=str(Path(data).absolute()), features=features and str(_absolute(features)))
+
 def _open_run(out:Path, learn, data, features, settings:dict, command:str, device):
     "Write what a run begins with."
-    _write_config(out, dict(settings=settings, fingerprints=_fingerprints(learn), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
+    _write_config(out, dict(settings=settings, fingerprints=_fingerprints(learn), **_places(data, features),
                             command=command, argv=printable(shlex.join(sys.argv)), versions=_versions(), device=_describe(device),
                             started=time.strftime('%Y-%m-%d %H:%M:%S')))
     _write_files(out, learn)
@@ -384,11 +387,13 @@ def _extend(config:TrainConfig, epochs, done:int, distilled:bool, run) -> TrainC
 def _listed(epochs) -> str: return ' '.join(map(str, epochs))
 
 # %% ../../nbs/07_training/04_runs.ipynb #b8c4adcf
+def _is_registered(student) -> bool: return student in list_students() or str(student).startswith('smp/')
+
 def _make_again(settings:dict, student, config, device, run, fresh:bool) -> PolypDiFoM:
     "The model of a run. Backbone weights are fetched only for one that has no weights of its own yet."
     name, options = settings['student'], settings['options']
     if student is not None: return _make_model(student, {}, settings['distilled'], config, device)
-    if name not in list_students() and not str(name).startswith('smp/'): raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
+    if not _is_registered(name): raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
     model = _make_model(name, options if fresh else options | dict(pretrained=False), settings['distilled'], config, device)
     model.student.config = dict(name=name, options=options)
     return model
@@ -420,8 +425,8 @@ def _go_on(learn, run, held:dict, config:TrainConfig, others:tuple, data, featur
     own = {name: value for name, value in options.items() if name in ('width', 'pretrained')}
     spec = ','.join([held['settings']['student'], *(f'{name}={value}' for name, value in options.items() if name not in own)])
     part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(learn.dls.device), versions=_versions(), epochs_before=len(rows))
-    _write_config(run, held | dict(settings=held['settings'] | dict(epochs=list(config.epochs)), data=str(Path(data).absolute()), features=features and str(_absolute(features)),
-                                   command=_command(data, run, spec, features, **_changed(*others, config), **own), resumed=[*held.get('resumed', []), part]))
+    _write_config(run, held | dict(settings=held['settings'] | dict(epochs=list(config.epochs)), **_places(data, features),
+                                   command=_command(data, run, spec if _is_registered(held['settings']['student']) else learn.model.student, features, **_changed(*others, config), **own), resumed=[*held.get('resumed', []), part]))
     _fit(learn, run, config, rows, board)
 
 # %% ../../nbs/07_training/04_runs.ipynb #5bfd52d4
