@@ -16,9 +16,10 @@ install: .venv/installed
 demo: install
 	$(BIN)/polyp-difom demo
 
+test: export OMP_NUM_THREADS = 1
 test: install
 	$(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # For whoever edits notebooks: write the library, clean the notebooks, renew README.md.
 export: install
