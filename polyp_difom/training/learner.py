@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..weights import read_tensors, save_tensors
+from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
@@ -112,10 +113,14 @@ _allowed = { # field -> what to give, and whether a value is that
     'batch_size': ('a whole number from 1', lambda v: is_whole(v, 1)),
     'lr': ('a number above 0, as 1e-4', lambda v: is_number(v) and v > 0),
     'schedule': ('constant or one-cycle', lambda v: v in ('constant', 'one-cycle')),
+    'labels': ('a share above 0 and up to 1, as 0.2', lambda v: is_number(v) and 0 < v <= 1),
+    'select': ('best or last', lambda v: v in ('best', 'last')),
     'valid': ('a share between 0 and 1, as 0.1', lambda v: is_number(v) and 0 < v < 1),
     'seed': ('a whole number from 0', is_whole),
     'allow_empty': ('True or False', lambda v: isinstance(v, bool)), 'mutation': ('True or False', lambda v: isinstance(v, bool)),
-    'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
+    'augment': (', '.join(augmentations), lambda v: v in augmentations),
+    'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: v is None or len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
+    'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
     'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
     'precision': ('bf16 or fp32', lambda v: v in (None, 'bf16', 'fp32'))}
 
@@ -128,10 +133,14 @@ class TrainConfig:
     batch_size:int=16 # images a step
     lr:float=1e-4 # of Adam; the peak with `schedule='one-cycle'`
     schedule:str='constant' # `constant`, or `one-cycle`
-    valid:float=0.1 # share of the training images held out to choose the epoch by
+    labels:float=1. # share of the training images whose masks are used
+    valid:float=0.1 # share of these held out to choose the epoch by, whole sequences at a time
+    select:str='best' # the epoch that is kept: best on the validation part, or last
     seed:int=0 # of split, weights, shuffling, augmentation
     allow_empty:bool=False # accept frames without polyp
-    scales:tuple=(0.75, 1.0, 1.25) # sizes drawn per batch, relative to `size`
+    augment:str='paper' # of images, masks and targets: none, paper or strong, see `data.augment`
+    scales:tuple=None # sizes drawn for each batch, relative to `size`; if None 0.75, 1 and 1.25 with `augment='paper'`, and 1 otherwise
+    steps:int=None # batches of an epoch; a pass over the labelled images if None
     loss:str=None # segmentation loss, a name of `losses` or any callable; the student's own if None
     mutation:bool=False # for students with side outputs: a loss for every subset of them
     precision:str=None # bf16 or fp32; the faster on the device if None
@@ -139,9 +148,9 @@ class TrainConfig:
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
 
     def __post_init__(self):
-        for name in ('epochs', 'scales', 'lambdas'): object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in ('epochs', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
-            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision") else "give"} {allowed}')
+            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select") else "give"} {allowed}')
         Distillation(self.lambdas, self.distance)
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from ..weights import read_tensors, save_tensors
 from ..data.images import Layout, layout_options, train_pairs
-from ..data.loaders import PolypDataset, polyp_dataloaders, split_pairs
+from ..data.loaders import PolypDataset, polyp_dataloaders, split_pairs, take_labels
+from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
@@ -48,8 +49,9 @@ class Checkpoint(Callback):
     order, remove_on_fetch = 62, True
     def __init__(self,
         out, # folder of the run
+        select:str='best', # the epoch that is kept, or `last`
         rank:str='valid_dice' # column of the log that the best epoch is chosen by, the higher the better
-    ): self.out, self.rank = Path(out), rank
+    ): self.out, self.select, self.rank = Path(out), select, rank
 
     def before_fit(self): self.written, self.digest = len(self.epoch_log.rows), _settings_digest(self.out)
     def after_epoch(self):
@@ -58,7 +60,7 @@ class Checkpoint(Callback):
         self.written = len(rows)
         with disk_full_error(self.out, f'the checkpoint of the epoch before is kept; free space and go on with: {_resume_command(self.out)}'):
             with atomic_path(self.out/'log.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
-            if rows[-1][self.rank] >= max(row[self.rank] for row in rows): save_model(self.model, self.out/'best.safetensors')
+            if self.select == 'last' or rows[-1][self.rank] >= max(row[self.rank] for row in rows): save_model(self.model, self.out/'best.safetensors')
             save_tensors(learner_tensors(self.learn), self.out/'last.safetensors', dict(rows=rows, settings=self.digest))
 
 def _resume_command(out) -> str: return f'polyp-difom train --resume {shlex.quote(printable(out))}'
@@ -107,7 +109,8 @@ def _check_forward(model, size:int):
 # %% ../../nbs/07_training/04_runs.ipynb #d6069101
 def _prepare(data, features, model, layout, target_config, config, device, cbs, metrics):
     "Images, targets, loaders and model as a learner. Raises `InputError` for whatever does not fit."
-    train_part, valid_part = split_pairs(train_pairs(data, layout), config.valid, config.seed)
+    labelled, _ = take_labels(train_pairs(data, layout), config.labels)
+    train_part, valid_part = split_pairs(labelled, config.valid, config.seed, [sequence_of(pair.image) for pair in labelled])
     targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.latent_grid(config.size), model.latents.channels, target_config)
     parts = [PolypDataset(pairs, config.size, part_targets, config.allow_empty, layout.mask_above)
              for pairs, part_targets in ((train_part, targets), (valid_part, None))]
@@ -115,7 +118,7 @@ def _prepare(data, features, model, layout, target_config, config, device, cbs, 
     if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     distill = Distillation(config.lambdas, config.distance) if features else None
-    return difom_learner(polyp_dataloaders(*parts, config.batch_size, config.scales, device), model, loss, distill,
+    return difom_learner(polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, steps=config.steps), model, loss, distill,
                          (dice_score, *metrics), [EpochSeed(config.seed), *cbs])
 
 # %% ../../nbs/07_training/04_runs.ipynb #aa1ba955
@@ -267,7 +270,7 @@ def _fit(learn, out:Path, config:TrainConfig, rows:list, cbs:list):
     progress, ended = ConsoleProgress(), False
     try:
         with learn.no_bar(), learn.no_logging():
-            learn.fit_phases(config.epochs, config.lr, config.schedule, [EpochLog(rows), Checkpoint(out), progress, *cbs], start_epoch=len(rows))
+            learn.fit_phases(config.epochs, config.lr, config.schedule, [EpochLog(rows), Checkpoint(out, config.select), progress, *cbs], start_epoch=len(rows))
         ended = True
     except KeyboardInterrupt:
         progress.close()
