@@ -173,9 +173,11 @@ def _train(
     student:Annotated[str, _option('unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b]; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].', _BASIC)]='unet',
     features:Annotated[Optional[str], _option('Feature store of [b]extract[/b], folder or address. Without it the undistilled baseline is trained.', _BASIC)]=None,
     size:Annotated[int, _option('Training size in pixels.', _BASIC)]=352,
+    preset:Annotated[str, _option('What is not given otherwise: best (what our evidence supports) or paper (the paper to the letter).', _BASIC)]='best',
+    unlabelled:Annotated[Optional[str], _option('Frames without masks, a folder, or [b]rest[/b] for the training images that --labels leaves out. No test image may be among them.', _BASIC)]=None,
     epochs:Annotated[Tuple[int, int, int], _option('Epochs of phases I (segmentation), II (and distillation), III (encoder frozen).', _BASIC, metavar='N N N')]=(40, 40, 40),
     batch_size:Annotated[int, _option('Images per step.', _BASIC)]=16,
-    lr:Annotated[float, _option('Learning rate of Adam; the peak with --schedule one-cycle.', _BASIC)]=1e-4,
+    lr:Annotated[Optional[float], _option('Learning rate of Adam; the peak with --schedule one-cycle.', _BASIC)]=None,
     resume:Annotated[Optional[Path], _option('Go on with this run, and nothing else is needed. With --epochs a finished run is extended.', _BASIC)]=None,
     device:Annotated[Optional[str], _option('cuda, cpu …; the fastest there is by default.', _BASIC)]=None,
     teacher:Annotated[Optional[List[str]], _option('Which of the store\'s teachers to learn from, all by default. A specification as for extract is held against the store.', _DISTIL)]=None,
@@ -186,13 +188,29 @@ def _train(
     standardise:Annotated[str, _option('Of each teacher before projection: none, channel or phi-s.', _DISTIL)]='channel',
     projection:Annotated[str, _option('To the width of the latents: pca, random or none.', _DISTIL)]='pca',
     projection_seed:Annotated[int, _option('Of a random projection.', _DISTIL)]=0,
+    latents:Annotated[Optional[str], _option('paper: L1 and L2 at the bottleneck, feeding the decoder; free: heads in training only, HFC at the stage that holds it.', _DISTIL)]=None,
+    high_at:Annotated[str, _option('With --latents free, where HFC is learnt: decoder or encoder.', _DISTIL)]='decoder',
+    balance:Annotated[str, _option('fixed weights, or gradient: shares of the segmentation loss\'s gradient.', _DISTIL)]='fixed',
+    warm_heads:Annotated[Optional[bool], _option('In phase I the heads learn on detached features.', _DISTIL, '--warm-heads/--no-warm-heads')]=None,
+    ramp:Annotated[int, _option('Epochs over which the weights rise, from the start of phase II.', _DISTIL)]=0,
+    soft_masks:Annotated[Optional[bool], _option('Learn from the masks of an adapted teacher; by default where the store has them.', _DISTIL, '--soft-masks/--no-soft-masks')]=None,
+    soft_weight:Annotated[float, _option('Of their loss.', _DISTIL)]=1.,
+    soft_loss:Annotated[str, _option('bce-dice or logit-mse.', _DISTIL)]='bce-dice',
+    soft_on:Annotated[str, _option('Frames that learn from them: unlabelled, or all.', _DISTIL)]='unlabelled',
+    confident:Annotated[bool, _option('Weigh soft masks by how sure the teacher is.', _DISTIL, '--confident')]=False,
+    ratio:Annotated[float, _option('Share of a batch without labels.', _DISTIL)]=0.5,
+    refresh:Annotated[int, _option('Every so many epochs soft masks are mixed with those of the student\'s moving average; 0 for never.', _DISTIL)]=0,
+    supervised_last:Annotated[bool, _option('Phase III learns from labels alone.', _DISTIL, '--supervised-last')]=False,
+    shuffled:Annotated[bool, _option('Targets and soft masks of other images: a control.', _DISTIL, '--shuffled')]=False,
+    held_out:Annotated[Optional[List[str]], _option('A further data set whose images must not be among the frames without masks. May be given several times.', _DISTIL)]=None,
     width:Annotated[Optional[int], _option('Channels of the first block, for students that have such an option.')]=None,
     no_pretrained:Annotated[bool, _option('Start without pretrained backbone weights.', _MORE, '--no-pretrained')]=False,
     backbone_weights:Annotated[Optional[Path], _option('Local file of pretrained backbone weights, instead of the hub.')]=None,
-    schedule:Annotated[str, _option('constant (the paper) or one-cycle.')]='constant',
+    schedule:Annotated[Optional[str], _option('constant (the paper), one-cycle, or restart: one-cycle in each phase.')]=None,
+    freeze:Annotated[Optional[bool], _option('The encoder in phase III.', _MORE, '--freeze/--no-freeze')]=None,
     valid:Annotated[float, _option('Share of the training images held out to choose the epoch by.')]=0.1,
     seed:Annotated[int, _option('Of split, weights, shuffling and augmentation.')]=0,
-    augment:Annotated[str, _option('none, paper (flips), or strong (also turned, scaled, recoloured, blurred, mixed).', _BASIC)]='paper',
+    augment:Annotated[Optional[str], _option('none, paper (flips), or strong (also turned, scaled, recoloured, blurred, mixed).', _BASIC)]=None,
     labels:Annotated[float, _option('Share of the training images whose masks are used.')]=1.,
     steps:Annotated[Optional[int], _option('Batches of an epoch; a pass over the labelled images by default.')]=None,
     select:Annotated[str, _option('The epoch that is kept: best (on the validation part) or last.')]='best',
@@ -227,9 +245,9 @@ def _train_new(given:dict):
 def _resume(given:dict):
     "The rest of a run, or more of it."
     from polyp_difom.training.runs import resume
-    allowed = ('resume', 'epochs', 'device', 'data', 'features', 'tensorboard')
+    allowed = ('resume', 'epochs', 'device', 'data', 'features', 'unlabelled', 'tensorboard')
     if other := [name for name in given if name not in allowed]:
-        raise typer.BadParameter(f'--{other[0].replace("_", "-")} does not go with --resume: the run keeps its settings; only --epochs, --device, DATA and --features may change')
+        raise typer.BadParameter(f'--{other[0].replace("_", "-")} does not go with --resume: the run keeps its settings; only --epochs, --device, and where DATA, --features and --unlabelled are may change')
     return resume(given.pop('resume'), **given)
 
 # %% ../nbs/13_cli.ipynb #b21a88a0
@@ -292,6 +310,28 @@ def _score_run(run, data, layout) -> dict:
     _print_table(list(zip(*report_rows(report))), report_note(report))
     _say(f'pictures and scores of every image: {run/"evaluation"}')
     return report
+
+# %% ../nbs/13_cli.ipynb #915773aa
+@app.command('reproduce')
+def _reproduce(
+    recipe:Annotated[str, typer.Argument(help='few-labels, new-hospital, small, paper, ablation-teachers, ablation-loss, or a .toml file like theirs.')],
+    data:Annotated[Path, typer.Argument(help='Data set in the PraNet layout.')],
+    out:Annotated[Path, typer.Option(help='Folder of the grid, new or to be gone on with.')],
+    backbone:Annotated[Optional[str], typer.Option(help='Pretrained backbone, where the recipe adapts a teacher: [b]timm/NAME=FILE[/b].')]=None,
+    features:Annotated[Optional[str], typer.Option(help='Feature store of foundation models, where the recipe distils from these.')]=None,
+    unlabelled:Annotated[Optional[str], typer.Option(help='Frames without masks, where the recipe needs some.')]=None,
+    test:Annotated[Optional[List[str]], typer.Option(help='A further data set to be tested on. May be given several times.')]=None,
+    seeds:Annotated[Optional[List[int]], typer.Option(help='Some seeds, instead of the recipe\'s. May be given several times.', min=0)]=None,
+    students:Annotated[Optional[List[str]], typer.Option(help='Some of the recipe\'s students. May be given several times.')]=None,
+    arms:Annotated[Optional[List[str]], typer.Option(help='Some of its arms. May be given several times.')]=None,
+    workers:Annotated[Optional[int], typer.Option(help='Runs at a time; one for each core on a CPU, else one.', min=1)]=None,
+    device:Annotated[Optional[str], typer.Option(help='cuda, cpu …; the fastest there is by default.')]=None,
+):
+    "Make the runs of a comparison, arms that differ in one thing each, and report them with intervals."
+    from polyp_difom.evaluation.reproduce import reproduce
+    summary = reproduce(recipe, data, out, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
+    _say(summary['verdict'])
+    _say(f'report: {out/"report"/"report.md"}')
 
 # %% ../nbs/13_cli.ipynb #d339f07b
 @app.command('predict')

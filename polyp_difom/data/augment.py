@@ -141,12 +141,14 @@ def _places(size:tuple, device): # (2, H, W): row and column in -1..1
 
 def _highlights(image, share:float, spots:int=6): # (B, 3, H, W)
     "Small white spots with soft edges, where the lamp is thrown back."
-    b, device = len(image), image.device
+    b, places = len(image), _places(image.shape[-2:], image.device)
     centre, radius = _uniform(2*b*spots, 0.9).view(b, spots, 2, 1, 1), 0.01 + 0.03*torch.rand(b, spots, 2, 1, 1)
-    strength = _some(b, share)[:, None]*(torch.rand(b, spots) < 0.6)*(0.7 + 0.3*torch.rand(b, spots))
-    far = ((_places(image.shape[-2:], device) - centre.to(device))/radius.to(device)).square().sum(2) # (B, spots, H, W)
-    white = (strength.to(device)[..., None, None]*torch.exp(-far**2)).amax(1, keepdim=True)
-    return image + white*(1 - image)
+    chosen, strength = _some(b, share).bool(), (0.7 + 0.3*torch.rand(b, 1, 1, 1)).to(image.device)
+    image = image.clone()
+    for i in chosen.nonzero().flatten().tolist():
+        far = ((places - centre[i].to(image.device))/radius[i].to(image.device)).square().sum(1).amin(0) # (H, W)
+        image[i] += strength[i]*torch.exp(-far**2)*(1 - image[i])
+    return image
 
 def _vignette(image, share:float, most:float=0.5): # (B, 3, H, W)
     "Light that falls off from a point near the middle."

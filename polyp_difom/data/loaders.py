@@ -108,7 +108,7 @@ def _tell_broken(broken:list, total:int, allow_empty:bool):
 
 # %% ../../nbs/01_data/05_loaders.ipynb #ac291c3b
 class PolypDataset:
-    "Images and masks at one size, decoded once and held in memory, with their `fingerprint`, and what each image is known by (`image_hashes`)."
+    "Images and masks at one size, decoded once and held in memory, with their `fingerprint`, that of the soft masks, and what each image is known by (`image_hashes`)."
     def __init__(self,
         pairs:list, # of `Pair`
         size:int, # side in pixels
@@ -129,6 +129,7 @@ class PolypDataset:
         images, masks, hashes = zip(*loaded)
         self.images, self.masks = (torch.from_numpy(np.stack(part)) for part in (images, masks))
         self.fingerprint, self.image_hashes = _known_by(hashes)
+        self.soft_fingerprint = None if soft is None else bytes_hash(soft.numpy().tobytes()).hex()
 
     def __len__(self): return len(self.pairs)
 

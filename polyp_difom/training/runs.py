@@ -8,13 +8,15 @@ __all__ = ['read_log', 'summary_lines', 'train', 'resume']
 # %% ../../nbs/07_training/04_runs.ipynb #e4196927
 import json, platform, re, shlex, sys, time
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, find_device, name_some, printable, read_options, to_place
+from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, name_some, nearest, parallel_map, printable, read_options, to_place
 
+import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -23,17 +25,19 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..weights import read_tensors, save_tensors
-from ..data.images import Layout, layout_options, train_pairs
+from ..data.images import Layout, layout_options, list_images, test_sets, train_pairs
+from ..data.check import find_test_images
 from ..data.loaders import PolypDataset, polyp_dataloaders, split_pairs, take_labels
 from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
 from ..targets.latent import TargetConfig, build_targets
+from ..targets.soft_masks import SoftMasks, has_soft_masks
 from ..model.model import PolypDiFoM, amp_dtype, save_model
 from .losses import OutputLoss, latent_losses, losses
 from .callbacks import Distillation, EpochLog, EpochSeed, dice_score, learner_tensors
-from .learner import TrainConfig, difom_learner, load_learner_tensors
+from .learner import TrainConfig, difom_learner, load_learner_tensors, presets
 
 # %% ../../nbs/07_training/04_runs.ipynb #c4290265
 def _settings_digest(out:Path) -> str:
@@ -88,11 +92,15 @@ class ConsoleProgress(Callback):
     def after_fit(self): self.close()
 
 # %% ../../nbs/07_training/04_runs.ipynb #f1e8a319
-def _make_model(student, options:dict, distilled:bool, config:TrainConfig, device) -> PolypDiFoM:
+def _latents(features, config:TrainConfig): # what `PolypDiFoM` takes
+    "Where the latents of a run are; a free latent that nothing is to teach is left out."
+    return config.latents if features and (config.latents == 'paper' or any(config.lambdas[1:])) else None
+
+def _make_model(student, options:dict, latents, config:TrainConfig, device) -> PolypDiFoM:
     "A model with weights drawn from the seed, the student's before the latents', so that both arms start from the same student."
     torch.manual_seed(config.seed)
     network = create_student(student, **options) if isinstance(student, str) else student
-    try: model = PolypDiFoM(network, distilled, precision=config.precision or amp_dtype(device))
+    try: model = PolypDiFoM(network, latents, precision=config.precision or amp_dtype(device), high_at=config.high_at)
     except InputError: raise
     except Exception as error: raise InputError(f'student {student}: no model can be made of it ({printable(error)[:100]})') from None
     _check_forward(model, config.size)
@@ -106,20 +114,79 @@ def _check_forward(model, size:int):
     except Exception as error: raise InputError(f'student {name}: fails on an image of {size}x{size} ({printable(error)[:100]})') from None
     if shape != (1, 1, size, size): raise InputError(f'student {name}: gives {shape} for an image of {size}x{size}; logits should be (1, 1, {size}, {size})')
 
+# %% ../../nbs/07_training/04_runs.ipynb #0170a271
+@dataclass(frozen=True)
+class _Frames:
+    "Frames without labels, and the data sets whose test images must not be among them."
+    unlabelled:object=None # `rest`, a folder, or None
+    held_out:tuple=() # further data sets
+
+    def __post_init__(self): object.__setattr__(self, 'held_out', tuple(map(str, [self.held_out] if isinstance(self.held_out, (str, Path)) else self.held_out or ())))
+
+def _forbidden(data, layout, valid_part, held_out) -> list: # of paths
+    tests = [pair.image for one in (*([data] if (Path(data)/'TestDataset').is_dir() else []), *held_out) for pairs in test_sets(one, layout if one is data else Layout()).values() for pair in pairs]
+    return [*tests, *(pair.image for pair in valid_part)]
+
+# %% ../../nbs/07_training/04_runs.ipynb #081de33c
+def _choose_images(data, layout, config, frames:_Frames) -> tuple: # training pairs, validation pairs, paths of frames without labels
+    "Raises `InputError` if a frame is a test or a validation image."
+    labelled, rest = take_labels(train_pairs(data, layout), config.labels)
+    parts = split_pairs(labelled, config.valid, config.seed, [sequence_of(pair.image) for pair in labelled])
+    if frames.unlabelled is None: return *parts, []
+    if frames.unlabelled == 'rest':
+        if not rest: raise InputError(f'{data}: no frames are left without labels; use fewer (--labels 0.2), or name a folder (--unlabelled FRAMES)')
+        return *parts, [pair.image for pair in rest]
+    images = list_images(frames.unlabelled)
+    found = find_test_images(images, _forbidden(data, layout, parts[1], frames.held_out))
+    if found: raise InputError(f'{frames.unlabelled}: {len(found)} of {len(images)} frames are test or validation images, or look like one ({found[0][0].name}: {found[0][1]}); take them away')
+    return *parts, images
+
+# %% ../../nbs/07_training/04_runs.ipynb #11ec5d6c
+class _Signal(NamedTuple):
+    "What a teacher says of the images of a part."
+    targets:object = None # `targets[i]` -> LFC, HFC
+    soft:object = None # (N, 1, S, S) uint8
+    hashes:list = () # of the images
+
+_no_signal = _Signal()
+
+class _Reordered:
+    "Targets of other images: a control."
+    def __init__(self, targets, order): self.targets, self.order = targets, order
+    def __getitem__(self, i): return self.targets[self.order[i]]
+    def __getattr__(self, name): return getattr(self.targets, name)
+
+def _shuffle(signal:_Signal, seed:int) -> _Signal:
+    order = np.random.default_rng(seed).permutation(len(signal.hashes))
+    return signal._replace(targets=signal.targets and _Reordered(signal.targets, order), soft=None if signal.soft is None else signal.soft[order])
+
+# %% ../../nbs/07_training/04_runs.ipynb #896e6721
+def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
+    "Targets where latents learn them, soft masks where a teacher in the store gives them."
+    train, valid = images
+    hashes = [parallel_map(file_hash, part, 'reading') for part in images]
+    targets = _targets(store, images, hashes, model, target_config) if model.distilled else (None, None)
+    wanted = has_soft_masks(store) if config.soft_masks is None else config.soft_masks
+    soft = [SoftMasks(store, part, hashes=known).at(config.size) for part, known in zip(images, hashes)] if wanted else (None, None)
+    first, second = (_Signal(*one) for one in zip(targets, soft, hashes))
+    return _shuffle(first, config.seed) if config.shuffled else first, second
+
 # %% ../../nbs/07_training/04_runs.ipynb #d6069101
-def _prepare(data, features, model, layout, target_config, config, device, cbs, metrics):
-    "Images, targets, loaders and model as a learner. Raises `InputError` for whatever does not fit."
-    labelled, _ = take_labels(train_pairs(data, layout), config.labels)
-    train_part, valid_part = split_pairs(labelled, config.valid, config.seed, [sequence_of(pair.image) for pair in labelled])
-    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.latent_grid(config.size), model.latents.channels, target_config)
-    parts = [PolypDataset(pairs, config.size, part_targets, config.allow_empty, layout.mask_above)
-             for pairs, part_targets in ((train_part, targets), (valid_part, None))]
-    changed = [pair.image.name for pair, ours, theirs in zip(train_part, parts[0].image_hashes, targets.hashes) if ours != theirs.hex()] if targets else []
-    if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
+def _prepare(data, features, frames, model, layout, target_config, config, device, cbs, metrics):
+    "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
+    train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
+    images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
+    signals = _signals(FeatureStore(features), images, model, target_config, config) if features else (_no_signal, _no_signal)
+    parts = [PolypDataset(pairs, config.size, signal.targets, config.allow_empty, layout.mask_above, others, signal.soft)
+             for pairs, others, signal in ((train_part, unlabelled, signals[0]), (valid_part, (), signals[1]))]
+    for part, signal in zip(parts, signals):
+        changed = [pair.image.name for pair, ours, theirs in zip(part.pairs, part.image_hashes, signal.hashes) if ours != theirs.hex()]
+        if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
-    distill = Distillation(config.lambdas, config.distance) if features else None
-    return difom_learner(polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, steps=config.steps), model, loss, distill,
-                         (dice_score, *metrics), [EpochSeed(config.seed), *cbs])
+    dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, ratio=config.ratio, steps=config.steps)
+    learn = difom_learner(dls, model, loss, config.distillation(signals[0].soft is not None) if features else None, (dice_score, *metrics), [EpochSeed(config.seed), *cbs])
+    if features: learn.teachers = {name: FeatureStore(features).array(name).attrs['provenance'] for name in FeatureStore(features).check_teachers(target_config.teacher)}
+    return learn
 
 # %% ../../nbs/07_training/04_runs.ipynb #aa1ba955
 def _name(value):
@@ -127,23 +194,24 @@ def _name(value):
     if callable(value): return f'{getattr(value, "__module__", "")}:{getattr(value, "__qualname__", type(value).__name__)}'
     return list(value) if isinstance(value, tuple) else value
 
-def _settings(learn, layout, target_config, config) -> dict:
+def _settings(learn, layout, target_config, config, frames, preset) -> dict:
     "All that decides what comes of a run."
     network, datasets = learn.model.student, (learn.dls.train.dataset, learn.dls.valid.dataset)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
     loss = config.loss or getattr(network, 'loss', 'bce-dice')
     resolved = replace(config, loss=loss, precision=learn.model.precision)
-    return dict(student=name, options=options, distilled=learn.model.distilled, **{key: _name(value) for key, value in vars(resolved).items()},
-                layout=asdict(layout), targets=asdict(target_config), teachers=_teachers(learn), images=[len(part) for part in datasets])
+    return dict(preset=preset, student=name, options=options, distilled=hasattr(learn, 'distillation'), **{key: _name(value) for key, value in vars(resolved).items()},
+                layout=asdict(layout), targets=asdict(target_config), unlabelled=frames.unlabelled and str(frames.unlabelled), held_out=list(frames.held_out), teachers=_teachers(learn),
+                images=[datasets[0].n_labelled, len(datasets[1])], frames=len(datasets[0]) - datasets[0].n_labelled)
 
 def _teachers(learn) -> dict: # name -> how its features were made
-    return {made['teacher']: made for made in learn.dls.train.dataset.targets.settings['provenance']} if learn.model.distilled else {}
+    return getattr(learn, 'teachers', {})
 
 def _fingerprints(learn) -> dict:
     "What the data of a run are known by."
     train_part, valid_part = learn.dls.train.dataset, learn.dls.valid.dataset
     return {'training images': train_part.fingerprint, 'validation images': valid_part.fingerprint,
-            'targets': train_part.targets.path.name if learn.model.distilled else None}
+            'targets': train_part.targets and train_part.targets.path.name, 'soft masks': train_part.soft_fingerprint}
 
 # %% ../../nbs/07_training/04_runs.ipynb #8b113f6d
 def _versions() -> dict:
@@ -159,10 +227,16 @@ def _describe(device:torch.device) -> str:
     return f'{device.type} ({torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()})'
 
 # %% ../../nbs/07_training/04_runs.ipynb #90ab77b7
-def _changed(*configs) -> dict:
-    "Options that differ from their defaults."
-    return {field.name: getattr(config, field.name) for config in configs for field in fields(config)
-            if field.default is MISSING or getattr(config, field.name) != field.default}
+def _preset(name:str) -> dict: # option -> value
+    "Raises `InputError` for an unknown one."
+    if name not in presets: raise InputError(f'unknown preset {name}; {nearest(str(name), presets)}')
+    return presets[name]
+
+def _given(preset:str, *configs) -> dict:
+    "Options that differ from what the preset says, and the preset if it is not the default one."
+    usual = {field.name: field.default for config in configs for field in fields(config)} | _preset(preset)
+    given = {field.name: getattr(config, field.name) for config in configs for field in fields(config) if getattr(config, field.name) != usual[field.name]}
+    return given | ({} if preset == 'best' else dict(preset=preset))
 
 def _words(name:str, value) -> list:
     "An option as the command line has it."
@@ -270,7 +344,7 @@ def _fit(learn, out:Path, config:TrainConfig, rows:list, cbs:list):
     progress, ended = ConsoleProgress(), False
     try:
         with learn.no_bar(), learn.no_logging():
-            learn.fit_phases(config.epochs, config.lr, config.schedule, [EpochLog(rows), Checkpoint(out, config.select), progress, *cbs], start_epoch=len(rows))
+            learn.fit_phases(config.epochs, config.lr, config.schedule, [EpochLog(rows), Checkpoint(out, config.select), progress, *cbs], start_epoch=len(rows), freeze=config.freeze)
         ended = True
     except KeyboardInterrupt:
         progress.close()
@@ -328,6 +402,9 @@ def train(
     student='unet', # name with options as `unet,width=16`, see `list_students`, or a network of one's own with `encode` and `decode`
     features=None, # feature store; without it the undistilled baseline is trained
     *,
+    preset:str='best', # what is not given otherwise: `best` or `paper`, see `presets`
+    unlabelled=None, # frames without masks: a folder, or `rest` for the training images that `labels` leaves out
+    held_out=(), # further data sets whose images must not be among them; the test sets of `data` never may
     width:int=None, # of the student, if it has such an option
     pretrained=True, # backbone weights: True for the hub's, False for none, a path for a file's
     device=None, # the fastest there is if None
@@ -337,13 +414,15 @@ def train(
     **options # of `Layout`, `TargetConfig` and `TrainConfig`, as `size=352`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, curves.png, config.json, files.csv
     "Train a student, distilled or not. Raises `InputError` before anything is written if anything given does not fit."
-    layout, target_config, config, own = read_options(options | dict(width=width, pretrained=pretrained), Layout, TargetConfig, TrainConfig, _StudentOptions)
+    layout, target_config, config, own, frames = read_options(_preset(preset) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
+                                                              Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
-    model = _make_model(student, own.given(), features is not None, config, place)
-    learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
-    changed = _changed(layout, target_config, config) | own.given() | ({} if device is None else dict(device=str(device)))
+    if frames.unlabelled is not None and not features: raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
+    model = _make_model(student, own.given(), _latents(features, config), config, place)
+    learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
+    changed = _given(preset, layout, target_config, config, frames) | own.given() | ({} if device is None else dict(device=str(device)))
     with _alone(out):
-        _open_run(out, learn, data, features, _settings(learn, layout, target_config, config), _command(data, out, student, features, **changed), place)
+        _open_run(out, learn, data, features, _settings(learn, layout, target_config, config, frames, preset), _command(data, out, student, features, **changed), place)
         _fit(learn, out, config, [], board)
     return out
 
@@ -356,7 +435,7 @@ def _read_config(run:Path) -> dict:
     except ValueError: raise InputError(f'{config}: not readable; the run is damaged') from None
     parts = dict(settings=dict, fingerprints=dict, data=str, features=(str, type(None)))
     lacking = [name for name, kind in parts.items() if not isinstance(held, dict) or not isinstance(held.get(name, 0), kind)]
-    lacking = lacking or sorted({'student', 'options', 'distilled', 'layout', 'targets', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
+    lacking = lacking or sorted({'preset', 'student', 'options', 'distilled', 'layout', 'targets', 'unlabelled', 'held_out', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
     if not lacking and held['settings']['distilled'] != (held['features'] is not None): lacking = ['features']
     if lacking: raise InputError(f'{config}: not what `train` of this version writes, so it cannot be resumed (it lacks {name_some(lacking)})')
     return held
@@ -392,12 +471,12 @@ def _listed(epochs) -> str: return ' '.join(map(str, epochs))
 # %% ../../nbs/07_training/04_runs.ipynb #b8c4adcf
 def _is_registered(student) -> bool: return student in list_students() or str(student).startswith('smp/')
 
-def _make_again(settings:dict, student, config, device, run, fresh:bool) -> PolypDiFoM:
+def _make_again(settings:dict, latents, student, config, device, run, fresh:bool) -> PolypDiFoM:
     "The model of a run. Backbone weights are fetched only for one that has no weights of its own yet."
     name, options = settings['student'], settings['options']
-    if student is not None: return _make_model(student, {}, settings['distilled'], config, device)
+    if student is not None: return _make_model(student, {}, latents, config, device)
     if not _is_registered(name): raise InputError(f'{run}: trained a student outside the registry ({name}); pass student=')
-    model = _make_model(name, options if fresh else options | dict(pretrained=False), settings['distilled'], config, device)
+    model = _make_model(name, options if fresh else options | dict(pretrained=False), latents, config, device)
     model.student.config = dict(name=name, options=options)
     return model
 
@@ -424,12 +503,12 @@ def _check_whole(run:Path, kept:dict):
 
 def _go_on(learn, run, held:dict, config:TrainConfig, others:tuple, data, features, rows:list, board:list):
     "The epochs that are missing; `config.json` tells of each beginning."
-    options = held['settings']['options']
+    settings, options = held['settings'], held['settings']['options']
     own = {name: value for name, value in options.items() if name in ('width', 'pretrained')}
     spec = ','.join([held['settings']['student'], *(f'{name}={value}' for name, value in options.items() if name not in own)])
     part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(learn.dls.device), versions=_versions(), epochs_before=len(rows))
     _write_config(run, held | dict(settings=held['settings'] | dict(epochs=list(config.epochs)), **_places(data, features),
-                                   command=_command(data, run, spec if _is_registered(held['settings']['student']) else learn.model.student, features, **_changed(*others, config), **own), resumed=[*held.get('resumed', []), part]))
+                                   command=_command(data, run, spec if _is_registered(held['settings']['student']) else learn.model.student, features, **_given(settings['preset'], *others[:2], config, others[2]), **own), resumed=[*held.get('resumed', []), part]))
     _fit(learn, run, config, rows, board)
 
 # %% ../../nbs/07_training/04_runs.ipynb #5bfd52d4
@@ -437,7 +516,7 @@ def resume(
     run, # folder of a run
     epochs=None, # of the three phases; more than before to extend a run
     *,
-    data=None, features=None, # where they are now, if they have moved
+    data=None, features=None, unlabelled=None, # where they are now, if they have moved
     device=None, # the fastest there is if None
     student=None, loss=None, distance=None, # given again where they were of one's own making
     cbs=(), metrics=(), # as for `train`
@@ -454,11 +533,12 @@ def resume(
     if not isinstance(kept.get('rows'), list): raise InputError(f'{last}: not what `train` writes; the run is damaged')
     if tensors: _check_whole(run, kept)
     if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'], run)
-    model = _make_again(settings, student, config, place, run, fresh=not tensors)
-    learn = _prepare(data, features, model, layout, target_config, config, place, cbs, metrics)
+    model = _make_again(settings, _latents(features, config), student, config, place, run, fresh=not tensors)
+    frames = _Frames(unlabelled or settings['unlabelled'], settings['held_out'])
+    learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
     _check_same(held, learn, run, data, features)
     if tensors: load_learner_tensors(learn, tensors, last)
     with _alone(run):
-        if len(kept['rows']) < sum(config.epochs): _go_on(learn, run, held, config, (layout, target_config), data, features, kept['rows'], [_tensorboard(run)] if tensorboard else [])
+        if len(kept['rows']) < sum(config.epochs): _go_on(learn, run, held, config, (layout, target_config, frames), data, features, kept['rows'], [_tensorboard(run)] if tensorboard else [])
         else: _close(run) # which a kill may have prevented
     return run
