@@ -190,7 +190,7 @@ def check_teacher(self:FeatureStore,
     "Raise `InputError` with the difference if the maps here are not this teacher's."
     name = provenance['teacher']
     held = self.array(name).attrs['provenance']
-    different = [f'{k} {held.get(k)} instead of {provenance.get(k)}' for k in sorted(held | provenance) if k != 'origin' and held.get(k) != provenance.get(k)]
+    different = [f'{k} {held.get(k)} instead of {provenance.get(k)}' for k in sorted(held | provenance) if k not in ('origin', 'layer_channels') and held.get(k) != provenance.get(k)]
     if different: raise InputError(f'{self.path}: holds other features of {name}: {"; ".join(different)}; choose another store')
 
 # %% ../../nbs/03_features/01_store.ipynb #81dc9b09

@@ -17,12 +17,13 @@ from scipy.linalg import hadamard
 # %% ../../nbs/05_targets/02_projection.ipynb #a1641667
 def resize(
     maps, # (..., C, h, w)
-    grid:tuple # (height, width)
+    grid:tuple, # (height, width)
+    antialias:bool=False # smooth first what a coarser grid cannot hold
 ): # (..., C, *grid)
     "Bilinear, corners not aligned, as `resize` in the paper's losses."
     if tuple(maps.shape[-2:]) == tuple(grid): return maps
-    lead = maps.shape[:-3]
-    return F.interpolate(maps.reshape(-1, *maps.shape[-3:]), size=tuple(grid), mode='bilinear', align_corners=False).reshape(*lead, maps.shape[-3], *grid)
+    lead, options = maps.shape[:-3], dict(mode='bilinear', align_corners=False, antialias=antialias)
+    return F.interpolate(maps.reshape(-1, *maps.shape[-3:]), size=tuple(grid), **options).reshape(*lead, maps.shape[-3], *grid)
 
 # %% ../../nbs/05_targets/02_projection.ipynb #6c65298f
 def sample(
@@ -53,6 +54,15 @@ def _per_channel(
     "Divide each channel by its standard deviation."
     std = covariance.diagonal().clamp(min=0).sqrt()
     return torch.where(std > 1e-6*std.max(), 1/std, 0.).diag()
+
+# %% ../../nbs/05_targets/02_projection.ipynb #6a14c46e
+def _per_layer(
+    covariance, # (C, C) of one teacher
+    layers:list # channels of each of its layers
+): # (C, C), diagonal
+    "Divide each channel by its standard deviation, and give each layer the same share."
+    share = torch.cat([torch.full((width,), len(covariance)/len(layers)/width, dtype=covariance.dtype) for width in layers])
+    return _per_channel(covariance)*share.sqrt()
 
 # %% ../../nbs/05_targets/02_projection.ipynb #f641cfea
 def _principal_axes(covariance) -> tuple: # variances (C,), axes (C, C) in rows
@@ -94,7 +104,8 @@ def phi_s(
     return _equalising_rotation(covariance)/covariance.diagonal().mean().clamp(min=1e-30).sqrt()
 
 # %% ../../nbs/05_targets/02_projection.ipynb #681e0914
-standardisations = {'none': lambda covariance: torch.eye(len(covariance), dtype=covariance.dtype), 'channel': _per_channel, 'phi-s': phi_s}
+standardisations = {'none': lambda covariance, layers: torch.eye(len(covariance), dtype=covariance.dtype), 'layer': _per_layer,
+                    'channel': lambda covariance, layers: _per_channel(covariance), 'phi-s': lambda covariance, layers: phi_s(covariance)}
 
 # %% ../../nbs/05_targets/02_projection.ipynb #8fc02efc
 def _principal_basis(
@@ -132,10 +143,11 @@ def variance_shares(
     return (torch.stack([part.sum() for part in shares.split(sizes)])/shares.sum()).tolist()
 
 # %% ../../nbs/05_targets/02_projection.ipynb #ba9acd3a
-def _standardise(covariance, sizes, standardise:str): # (C, C)
+def _standardise(covariance, layers, standardise:str): # (C, C)
     "The standardisation of every teacher, in one matrix."
+    sizes = list(map(sum, layers))
     blocks = [rows.split(sizes, 1)[k] for k, rows in enumerate(covariance.split(sizes))]
-    return torch.block_diag(*map(standardisations[standardise], blocks))
+    return torch.block_diag(*map(standardisations[standardise], blocks, layers))
 
 # %% ../../nbs/05_targets/02_projection.ipynb #cde10369
 def fit_projection(
@@ -144,12 +156,14 @@ def fit_projection(
     channels:int, # to keep at most
     standardise:str='channel', # see `standardisations`
     projection:str='pca', # see `projections`
-    projection_seed:int=0 # of a random projection
+    projection_seed:int=0, # of a random projection
+    layers:list=None, # channels of each layer of each teacher, as `[[96, 320], [768]]`; one layer each if None
+    keep=slice(None) # which of the components
 ) -> tuple: # weight (channels, C), bias (channels,), basis (channels, C) of the standardised channels, dict of numbers
     "Standardise every teacher, project, scale to an average variance of one."
-    standard = _standardise(covariance, sizes, standardise)
+    standard = _standardise(covariance, layers or [[size] for size in sizes], standardise)
     joined = standard @ covariance @ standard.T
-    basis = projections[projection](joined, channels, projection_seed)
+    basis = projections[projection](joined, channels, projection_seed)[keep]
     kept = (basis @ joined*basis).sum()
     weight = (len(basis)/kept).sqrt()*basis @ standard
     stages = dict(raw=torch.eye(len(mean), dtype=torch.double), standardised=standard, target=weight)

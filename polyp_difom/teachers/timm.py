@@ -73,11 +73,19 @@ class TimmTeacher(Teacher):
         model = _create(name, network if checkpoint is None or is_file else f'hf-hub:{checkpoint}', not is_file, resample | settings)
         own, keys = model.pretrained_cfg, set(model.state_dict())
         super().__init__(name, size or own['input_size'][-1], own['mean'] if mean is None else mean, own['std'] if std is None else std)
-        self.settings, self.layers = dict(layers=layers, **settings), _keep_last(name, model, layers)
+        self.layers = _keep_last(name, model, layers)
+        self.settings = dict(layers=layers, layer_channels=_layer_channels(model, self.layers), **settings)
         if is_file: fit_weights(model, read_weights(checkpoint), keys, checkpoint)
         self.model = model.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/02_teachers/03_timm.ipynb #4240a0d4
+def _layer_channels(
+    model:nn.Module,
+    layers:list # their indices
+) -> list: # of each layer; None if the network does not say
+    try: return [model.feature_info[i]['num_chs'] for i in layers]
+    except (AttributeError, TypeError, LookupError): return None
+
 def _network(
     name:str # `timm/<network>`
 ) -> str: # as timm knows it
