@@ -23,7 +23,7 @@ from ..weights import read_tensors, save_tensors
 from ..data.images import to_picture
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, log_column
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
 class DifomLearner(Learner):
