@@ -24,12 +24,20 @@ def _is_plain(value, depth:int=0) -> bool:
     return all(_is_plain(part, depth + 1) for part in (value.values() if isinstance(value, dict) else value))
 
 # %% ../../nbs/06_model/00_config.ipynb #1cb7d2bd
+def _of_today(config, path): # what is no dict comes back as it is
+    "The configuration of an older file, which said `distilled` where it now names the latents, as it is written today."
+    if not isinstance(config, dict) or 'latents' in config or 'distilled' not in config: return config
+    check_fields(config, dict(distilled=of_type('true or false', bool)), path)
+    return {key: value for key, value in config.items() if key != 'distilled'} | dict(latents='paper' if config['distilled'] else None)
+
+# %% ../../nbs/06_model/00_config.ipynb #4c0b7340
 def check_config(
     config, # as JSON gave it; see `PolypDiFoM.config`
     path # of the checkpoint, for the message
-) -> dict: # `config`
+) -> dict: # `config`, as it is written today
     "Raise `InputError`, naming file and key, if a checkpoint's configuration is not one, or asks for more than a network."
-    check_fields(config, dict(student=of_type('a name with options, or null', dict, type(None)), distilled=of_type('true or false', bool),
+    config = _of_today(config, path)
+    check_fields(config, dict(student=of_type('a name with options, or null', dict, type(None)), latents=("'paper', or null", lambda kind: kind in (None, 'paper')),
                               channels=(f'{whole_number(1, 4096)[0]}, or null', lambda n: n is None or whole_number(1, 4096)[1](n))), path)
     student = config['student']
     if student is None: return config
