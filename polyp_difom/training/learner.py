@@ -22,9 +22,11 @@ from fastcore.foundation import L
 from ..weights import read_tensors, save_tensors
 from ..data.augment import augmentations
 from ..data.images import to_picture
+from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, log_column, phase_restarts
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
+from .teaching import HeadroomWatch
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
 class DifomLearner(Learner):
@@ -33,10 +35,12 @@ class DifomLearner(Learner):
 def _check_parts(dls, model, distill):
     "Raises `InputError` for loaders, a model and a distillation that do not fit together."
     if not isinstance(model, PolypDiFoM): raise InputError(f'model {type(model).__name__}: wrap the student as PolypDiFoM(student)')
-    with_targets = len(dls.train.dataset[0]) > 2
-    if distill and not model.distilled: raise InputError('distill: the model has no latents; make it with PolypDiFoM(student, distilled=True)')
-    if distill and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
-    if with_targets and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
+    held = taught(dls.train)
+    with_targets = {'l1', 'l2'} & {*held}
+    if held and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
+    if with_targets and not model.distilled: raise InputError("distill: the model has no latents; make it with PolypDiFoM(student, latents='free')")
+    if distill and model.distilled and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
+    if distill and not (held or distill.soft): raise InputError('distill: the training part has neither targets nor soft masks; make it with PolypDataset(pairs, size, targets, soft=…)')
 
 # %% ../../nbs/07_training/03_learner.ipynb #21cd5d3a
 def _check_metrics(metrics):
@@ -57,7 +61,7 @@ def difom_learner(
     _check_parts(dls, model, distill)
     _check_metrics(metrics)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
-    watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None))] if distill else []
+    watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None)), HeadroomWatch()] if distill else []
     return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 
 # %% ../../nbs/07_training/03_learner.ipynb #478323da
@@ -163,6 +167,8 @@ class TrainConfig:
     soft_on:str='unlabelled' # frames that learn from them, or `all`
     confident:bool=False # weigh soft masks by |2p - 1|
     ratio:float=0.5 # share of a batch without labels, where there are such frames
+    live_teacher:str=None # a teacher of masks that looks at the augmented view in every step, as `adapted=FOLDER`
+    mixup:float=0. # with it, how frames without labels are blended: of Beta(mixup, mixup)
     refresh:int=0 # every so many epochs soft masks are mixed with those of the student's moving average; 0 for never
     shuffled:bool=False # targets and soft masks of other images: a control
 

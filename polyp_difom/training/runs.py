@@ -32,11 +32,13 @@ from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
-from ..targets.latent import TargetConfig, build_targets
-from ..targets.soft_masks import SoftMasks, has_soft_masks
+from ..targets.latent import TargetConfig, TargetStore, build_targets
+from ..targets.soft_masks import SoftMasks, adapted_teachers
 from ..model.model import PolypDiFoM, amp_dtype, save_model
 from .losses import OutputLoss, latent_losses, losses
 from .callbacks import Distillation, EpochLog, EpochSeed, dice_score, learner_tensors
+from .teaching import EMATeacher, LiveTeacher
+from ..teachers.registry import create_teacher
 from .learner import TrainConfig, difom_learner, load_learner_tensors, presets
 
 # %% ../../nbs/07_training/04_runs.ipynb #c4290265
@@ -161,17 +163,29 @@ def _shuffle(signal:_Signal, seed:int) -> _Signal:
     return signal._replace(targets=signal.targets and _Reordered(signal.targets, order), soft=None if signal.soft is None else signal.soft[order])
 
 # %% ../../nbs/07_training/04_runs.ipynb #896e6721
+def _targets(store, images:tuple, hashes:tuple, model, target_config, size:int) -> tuple: # `TargetStore` of the training part, of the validation part
+    "Made of the training part, for both."
+    shapes = [store.array(teacher).shape[2:] for teacher in store.check_teachers(target_config.teacher)]
+    grids = model.target_grids(size, tuple(map(max, zip(*shapes))))
+    made = build_targets(store, images[0], grids, model.latents.channels, target_config, more=images[1])
+    return tuple(TargetStore(made.path, part, grids, known) for part, known in zip(images, hashes))
+
 def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
     "Targets where latents learn them, soft masks where a teacher in the store gives them."
     train, valid = images
     hashes = [parallel_map(file_hash, part, 'reading') for part in images]
-    targets = _targets(store, images, hashes, model, target_config) if model.distilled else (None, None)
-    wanted = has_soft_masks(store) if config.soft_masks is None else config.soft_masks
+    targets = _targets(store, images, hashes, model, target_config, config.size) if model.distilled else (None, None)
+    wanted = bool(adapted_teachers(store)) if config.soft_masks is None else config.soft_masks
     soft = [SoftMasks(store, part, hashes=known).at(config.size) for part, known in zip(images, hashes)] if wanted else (None, None)
     first, second = (_Signal(*one) for one in zip(targets, soft, hashes))
     return _shuffle(first, config.seed) if config.shuffled else first, second
 
 # %% ../../nbs/07_training/04_runs.ipynb #d6069101
+def _teaching(config:TrainConfig, device) -> list: # of callbacks
+    "The teachers of masks that are at work in training."
+    live = [LiveTeacher(create_teacher(config.live_teacher).to(device), config.mixup)] if config.live_teacher else []
+    return live + ([EMATeacher(config.refresh)] if config.refresh else [])
+
 def _prepare(data, features, frames, model, layout, target_config, config, device, cbs, metrics):
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
     train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
@@ -184,7 +198,8 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
         if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, ratio=config.ratio, steps=config.steps)
-    learn = difom_learner(dls, model, loss, config.distillation(signals[0].soft is not None) if features else None, (dice_score, *metrics), [EpochSeed(config.seed), *cbs])
+    distill = config.distillation(signals[0].soft is not None or bool(config.live_teacher)) if features or config.live_teacher else None
+    learn = difom_learner(dls, model, loss, distill, (dice_score, *metrics), [EpochSeed(config.seed), *_teaching(config, device), *cbs])
     if features: learn.teachers = {name: FeatureStore(features).array(name).attrs['provenance'] for name in FeatureStore(features).check_teachers(target_config.teacher)}
     return learn
 
@@ -417,7 +432,7 @@ def train(
     layout, target_config, config, own, frames = read_options(_preset(preset) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
-    if frames.unlabelled is not None and not features: raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
+    if frames.unlabelled is not None and not (features or config.live_teacher): raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
     changed = _given(preset, layout, target_config, config, frames) | own.given() | ({} if device is None else dict(device=str(device)))
