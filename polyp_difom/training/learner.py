@@ -116,6 +116,7 @@ _allowed = { # field -> what to give, and whether a value is that
     'labels': ('a share above 0 and up to 1, as 0.2', lambda v: is_number(v) and 0 < v <= 1),
     'select': ('best or last', lambda v: v in ('best', 'last')),
     'valid': ('a share between 0 and 1, as 0.1', lambda v: is_number(v) and 0 < v < 1),
+    'fold': ('two numbers, which fold of how many is left out, as 1 5', lambda v: v is None or len(v) == 2 and is_whole(v[1], 2) and is_whole(v[0], 1, v[1])),
     'seed': ('a whole number from 0', is_whole),
     'allow_empty': ('True or False', lambda v: isinstance(v, bool)), 'mutation': ('True or False', lambda v: isinstance(v, bool)),
     'augment': (', '.join(augmentations), lambda v: v in augmentations),
@@ -136,6 +137,7 @@ class TrainConfig:
     labels:float=1. # share of the training images whose masks are used
     valid:float=0.1 # share of these held out to choose the epoch by, whole sequences at a time
     select:str='best' # the epoch that is kept: best on the validation part, or last
+    fold:tuple=None # (k, n): the k-th of n folds of these is left out, of both parts
     seed:int=0 # of split, weights, shuffling, augmentation
     allow_empty:bool=False # accept frames without polyp
     augment:str='paper' # of images, masks and targets: none, paper or strong, see `data.augment`
@@ -148,7 +150,7 @@ class TrainConfig:
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
 
     def __post_init__(self):
-        for name in ('epochs', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
+        for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
             if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select") else "give"} {allowed}')
         Distillation(self.lambdas, self.distance)
