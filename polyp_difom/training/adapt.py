@@ -6,7 +6,7 @@
 __all__ = ['threshold_dice', 'measure_headroom', 'headroom_line', 'FeatureDecoder', 'RunTeacher', 'DecoderTeacher',
            'FoldedTeacher', 'adapted_teacher', 'adapt']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #8adf9a0e
+# %% ../../nbs/07_training/05_adapt.ipynb #4b6e982c
 import copy, json, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -26,6 +26,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
+from tqdm import tqdm
 
 from ..weights import check_fields, of_type, read_tensors, whole_number
 from ..data.images import Layout, read_image, read_mask, train_pairs
@@ -43,7 +44,7 @@ from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
 from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train
 
-# %% ../../nbs/07_training/05_adapt.ipynb #dcba1ee5
+# %% ../../nbs/07_training/05_adapt.ipynb #6f6cefa6
 def threshold_dice(
     probability:np.ndarray, # (H, W) in 0..1
     mask:np.ndarray # (H, W) bool
@@ -54,7 +55,7 @@ def threshold_dice(
     hit, miss = (np.bincount(level[part], minlength=256)[::-1].cumsum() for part in (mask, ~mask)) # pixels as bright as 255, 254 … 0
     return float((2*hit/np.maximum(hit + miss + mask.sum(), 1)).mean())
 
-# %% ../../nbs/07_training/05_adapt.ipynb #93d10c22
+# %% ../../nbs/07_training/05_adapt.ipynb #504eb22a
 def measure_headroom(
     teacher, student=None, # a score in 0..1 for each validation image, in one order
     sequences=None, # of each image; every image is alone if None
@@ -68,9 +69,9 @@ def measure_headroom(
         total, count = np.bincount(group, gain), np.bincount(group)
         drawn = np.random.default_rng(seed).integers(len(count), size=(draws, len(count)))
         found |= dict(student=np.mean(student), headroom=gain.mean(), ci95=np.quantile(total[drawn].sum(1)/count[drawn].sum(1), (.025, .975)).tolist())
-    return {name: value if isinstance(value, list | int) else float(value) for name, value in found.items()}
+    return {name: value if isinstance(value, (list, int)) else float(value) for name, value in found.items()}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #de7a67de
+# %% ../../nbs/07_training/05_adapt.ipynb #edbd038e
 def headroom_line(
     found:dict # as from `measure_headroom`
 ) -> str:
@@ -79,9 +80,10 @@ def headroom_line(
     on = f'on {found["images"]} validation images'
     if 'student' not in found: return f'{score("teacher")} {on}; for the headroom, give the run of a student alone with the same validation images (--student RUN)'
     low, high = (100*end for end in found['ci95'])
-    return f'headroom {100*found["headroom"]:.1f} points [{low:.1f}, {high:.1f}] {on}: {score("teacher")}, {score("student")}'
+    half = f' (at threshold 0.5: {100*found["at_half"]["headroom"]:.1f} points)' if 'at_half' in found else ''
+    return f'headroom {100*found["headroom"]:.1f} points [{low:.1f}, {high:.1f}] {on}: {score("teacher")}, {score("student")}{half}'
 
-# %% ../../nbs/07_training/05_adapt.ipynb #490d2603
+# %% ../../nbs/07_training/05_adapt.ipynb #0fb20deb
 def _backbone_student(
     backbone:str # `timm/NAME[=FILE][,option=value …]`
 ) -> tuple: # options of the student `timm-unet`, backbone weights
@@ -91,7 +93,7 @@ def _backbone_student(
     pretrained = options.pop('pretrained', True)
     return options | dict(backbone=name.removeprefix('timm/')), file or pretrained
 
-# %% ../../nbs/07_training/05_adapt.ipynb #f1de2dca
+# %% ../../nbs/07_training/05_adapt.ipynb #4596ac2a
 def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     "Raises `InputError`."
     config = folder/'config.json'
@@ -108,7 +110,7 @@ def _check_asked(out:Path, asked:dict):
     other = [f'{name} {held.get(name)} then, {value} now' for name, value in asked.items() if value is not None and held.get(name) != value]
     if other: raise InputError(f'{out}: was adapted otherwise: {name_some(other, 3)}; choose another --out, or adapt as before')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #14e78c77
+# %% ../../nbs/07_training/05_adapt.ipynb #6b860c79
 def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainConfig, device) -> Path:
     "A run of `timm-unet`, begun or gone on with."
     options, pretrained = _backbone_student(backbone)
@@ -119,7 +121,7 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
     student = ','.join(['timm-unet', *(f'{name}={value}' for name, value in options.items())])
     return train(data, out, student, pretrained=pretrained, device=device, **asdict(layout), **vars(config))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #bd40ae00
+# %% ../../nbs/07_training/05_adapt.ipynb #64f9acce
 class FeatureDecoder(nn.Module):
     "Maps of frozen teachers -> logits (B, 1, size, size)."
     def __init__(self,
@@ -142,7 +144,7 @@ class FeatureDecoder(nn.Module):
 
 def _resize(x, size:tuple): return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #98ec9d94
+# %% ../../nbs/07_training/05_adapt.ipynb #7bbd5585
 class _StoredMaps:
     "Of each labelled image a map of each teacher, and its mask."
     def __init__(self, pairs:list, store:FeatureStore, teachers:list, size:int, allow_empty:bool, above:int):
@@ -155,7 +157,7 @@ class _StoredMaps:
         digest = bytes.fromhex(self.image_hashes[i])
         return *(torch.from_numpy(self.store.read(teacher, digest)) for teacher in self.teachers), self.masks[i][None]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #99b29e9f
+# %% ../../nbs/07_training/05_adapt.ipynb #aa31c143
 def _as_floats(batch): return tuple(x.float() for x in batch)
 
 def _flipped(batch):
@@ -177,7 +179,7 @@ class _StepLoader(DataLoader):
         while len(order) < self.n: order += self.rng.sample(every, len(every))
         return order[:self.n]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #63958d0a
+# %% ../../nbs/07_training/05_adapt.ipynb #cbf3ca6f
 def _stored_learner(data, store, teachers, layout, config, width:int, device) -> Learner:
     "A decoder and its loaders as a fastai learner. Raises `InputError` for whatever does not fit."
     parts = [_StoredMaps(pairs, store, teachers, config.size, config.allow_empty, layout.mask_above) for pairs in split_labelled(data, layout, config)]
@@ -188,7 +190,7 @@ def _stored_learner(data, store, teachers, layout, config, width:int, device) ->
     dls.n_inp = len(teachers)
     return Learner(dls, model, OutputLoss(config.loss or 'bce-dice'), opt_func=adam, metrics=dice_score, cbs=EpochSeed(config.seed))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #2b1a2393
+# %% ../../nbs/07_training/05_adapt.ipynb #35c47123
 def _specs(store:FeatureStore, teacher) -> dict: # name -> specification
     "The teachers whose maps are joined. Raises `InputError`."
     specs = (teacher,) if isinstance(teacher, str) else tuple(teacher)
@@ -209,7 +211,7 @@ def _write_record(out:Path, learn, settings:dict, data, features):
     with disk_full_error(out), atomic_path(out/'files.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
     with disk_full_error(out), atomic_path(out/'config.json') as path: path.write_text(json.dumps(record, indent=1))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #bf2ab7c7
+# %% ../../nbs/07_training/05_adapt.ipynb #22fcb30c
 def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     "Put back what a training that stopped has left. Raises `InputError` if it was another one."
     last = out/'last.safetensors'
@@ -223,7 +225,7 @@ def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     load_learner_tensors(learn, tensors, last)
     return kept['rows']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #1fd0efea
+# %% ../../nbs/07_training/05_adapt.ipynb #576208ec
 def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:TrainConfig, width:int, device) -> Path:
     "A decoder on stored maps, begun or gone on with."
     store = FeatureStore(features)
@@ -240,7 +242,7 @@ def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:Trai
         finally: progress.close()
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #be1bd6a1
+# %% ../../nbs/07_training/05_adapt.ipynb #31cb88ed
 @contextmanager
 def _outputs(modules:dict): # name -> module; yields a list that fills with (name, output) in order
     "What modules give while they are called."
@@ -255,7 +257,7 @@ def _decoder_modules(model) -> dict: # name -> module
     encoder = set(map(id, encoder_modules(model.student, 2*model.multiple)))
     return {name: module for name, module in model.student.named_modules() if name and id(module) not in encoder}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #ac98495b
+# %% ../../nbs/07_training/05_adapt.ipynb #efec1e3f
 @torch.no_grad()
 def _find_stage(
     model, # `PolypDiFoM` in eval mode
@@ -271,7 +273,7 @@ def _find_stage(
     heads = [name for s, name, x in found if s == stride and x.shape[1] == 1 and torch.allclose(_resize(x, (padded,)*2)[..., :size, :size], logits, atol=1e-4)]
     return stride, [name for s, name, x in found if s == stride and x.shape[1] > 1][-1], heads[-1] if heads else None
 
-# %% ../../nbs/07_training/05_adapt.ipynb #f8a9bdf5
+# %% ../../nbs/07_training/05_adapt.ipynb #cddf412c
 class RunTeacher(Teacher):
     "A run as a teacher: (B, 3, S, S) -> (B, 1 + C, S/4, S/4), logits and maps of its decoder."
     settings = dict(mask_logits=True)
@@ -294,7 +296,7 @@ class RunTeacher(Teacher):
 
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #0593c394
+# %% ../../nbs/07_training/05_adapt.ipynb #27a0bfe8
 def _finished(folder) -> dict: # its settings
     "Raises `InputError` for what is no run, or one that has stopped before its end."
     held, settings = _read_settings(Path(folder))
@@ -303,7 +305,7 @@ def _finished(folder) -> dict: # its settings
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
 
-# %% ../../nbs/07_training/05_adapt.ipynb #5eb09d27
+# %% ../../nbs/07_training/05_adapt.ipynb #8c9e1dd6
 def _same_teacher(spec:str, made:dict, folder) -> Teacher:
     "A teacher by its specification. Raises `InputError` if its maps would be others than those that the decoder knows."
     teacher = create_teacher(spec)
@@ -321,7 +323,7 @@ def _load_decoder(folder:Path) -> FeatureDecoder:
     decoder.load_state_dict(tensors)
     return decoder.eval()
 
-# %% ../../nbs/07_training/05_adapt.ipynb #c91a5447
+# %% ../../nbs/07_training/05_adapt.ipynb #fd26139b
 class DecoderTeacher(Teacher):
     "Frozen teachers and the decoder on their maps: (B, 3, S, S) -> (B, 1 + width, size/4, size/4)."
     def __init__(self,
@@ -339,7 +341,7 @@ class DecoderTeacher(Teacher):
     def read(self, maps): return self.decoder.decode(*maps)
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #bc671904
+# %% ../../nbs/07_training/05_adapt.ipynb #de2ff2b8
 class FoldedTeacher(Teacher):
     "Several teachers of which each has not seen a part of the labelled images."
     def __init__(self,
@@ -359,7 +361,7 @@ class FoldedTeacher(Teacher):
         else: logits = maps[:, :1] if self.taken == 0 else self.members[self.taken].read(seen)[:, :1]
         return torch.cat([logits, maps[:, 1:]], 1)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #0af6d14b
+# %% ../../nbs/07_training/05_adapt.ipynb #66777514
 @patch
 def choose(self:FoldedTeacher,
     digest:bytes # `file_hash` of an image
@@ -372,7 +374,7 @@ def choose(self:FoldedTeacher,
         view.taken = fold
     return self.views[fold]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #1c035e7a
+# %% ../../nbs/07_training/05_adapt.ipynb #8b3eaafd
 def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
     "Raises `InputError` for a table that `adapt` does not write."
     path = folder/'folds.csv'
@@ -389,7 +391,7 @@ def _member(name:str, folder:Path, alone:bool=True) -> Teacher:
     kind = DecoderTeacher if 'decoder' in _read_settings(folder)[1] else RunTeacher
     return kind(name, folder, alone)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6f0c398a
+# %% ../../nbs/07_training/05_adapt.ipynb #cb2e417f
 @register_teacher('adapted')
 def adapted_teacher(
     name:str, # as in the registry
@@ -400,14 +402,17 @@ def adapted_teacher(
     folder = Path(checkpoint).expanduser()
     return (FoldedTeacher if (folder/'folds.csv').is_file() else _member)(name, folder)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #e06ec5bd
+# %% ../../nbs/07_training/05_adapt.ipynb #a87a0bf4
 def _score(
     predict, # path of an image -> logits (h, w)
     pairs:list, above:int
-) -> list: # a Dice for each
-    "`threshold_dice` at each mask's own size."
-    masks = parallel_map(lambda pair: read_mask(pair.mask, above), pairs, 'reading masks')
-    return [threshold_dice(to_map(predict(pair.image), mask.shape).numpy(), mask) for pair, mask in zip(pairs, masks)]
+) -> dict: # pair -> Dice over all thresholds, Dice at 0.5
+    "Scores at each mask's own size."
+    def both(pair):
+        mask = torch.from_numpy(read_mask(pair.mask, above))
+        probability = to_map(predict(pair.image), mask.shape)
+        return threshold_dice(probability.numpy(), mask.numpy()), dice_score(probability[None, None] - .5, mask[None, None]).item()
+    return {pair: both(pair) for pair in tqdm(pairs, desc='scoring', unit='image', leave=False)}
 
 def _run_logits(run, device):
     model, size = load_model(run).to(device), _finished(run)['size']
@@ -420,7 +425,7 @@ def _decoder_logits(folder, features, device):
     def logits(image): return decoder(*maps(image))[0, 0].cpu()
     return logits
 
-# %% ../../nbs/07_training/05_adapt.ipynb #2b53d1fc
+# %% ../../nbs/07_training/05_adapt.ipynb #3a61b4cc
 def _student_part(student) -> set: # of hashes
     "The validation images of a student alone. Raises `InputError` if its score would mean something else."
     settings = _finished(student)
@@ -437,7 +442,7 @@ def _common_part(pairs:list, student, whole:bool) -> list: # of pairs
     if len(common) == len(theirs) and (whole or len(common) == len(pairs)): return common
     raise InputError(f'{student}: has {len(theirs)} validation images, the teacher {len(pairs)}, and {len(common)} in common; train both with the same data, layout, labels, valid and seed')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #1a1a2d03
+# %% ../../nbs/07_training/05_adapt.ipynb #a4a3ecf4
 def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
     "Write `folds.csv`, or see that it is the same. Raises `InputError`."
     dealt = draw_folds(pairs, check_number('folds', folds, 2, 100), [sequence_of(pair.image) for pair in pairs])
@@ -449,7 +454,7 @@ def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
         with disk_full_error(out), atomic_path(out/'folds.csv') as path: table.to_csv(path, index=False)
     return dealt
 
-# %% ../../nbs/07_training/05_adapt.ipynb #560faf52
+# %% ../../nbs/07_training/05_adapt.ipynb #96b8b949
 def adapt(
     data, # data set, see `Layout`
     out, # folder of what is adapted; where one has stopped, it goes on
@@ -476,7 +481,7 @@ def adapt(
     _tell(out, [(predictor(folder), part) for folder, _, part in members], pairs, student, layout.mask_above, device)
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #eedc2dcb
+# %% ../../nbs/07_training/05_adapt.ipynb #edc64bad
 def _maker(data, backbone, features, teacher, layout, config, width, device) -> tuple: # (folder, fold) -> None; folder -> its logits of an image
     "Raises `InputError` unless one of the two ways is chosen."
     if (backbone is None) == (features is None): raise InputError('adapt: give a backbone (--backbone timm/NAME=FILE), or a feature store (--features STORE)')
@@ -492,7 +497,7 @@ def _maker(data, backbone, features, teacher, layout, config, width, device) -> 
 
 def _with_fold(config:TrainConfig, fold) -> TrainConfig: return TrainConfig(**vars(config) | dict(fold=fold))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #1d529ec8
+# %% ../../nbs/07_training/05_adapt.ipynb #d52b9ac7
 def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pairs to score, list of (folder, fold, the pairs it has not seen)
     "What is to be trained, and what each part of it is scored on. Raises `InputError`."
     if not folds:
@@ -504,14 +509,15 @@ def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pai
     parts = [[pair for pair, fold in zip(pairs, dealt) if fold == k + 1 and pair in scored] for k in range(folds)]
     return scored, [(out/f'fold-{k + 1}', (k + 1, folds), part) for k, part in enumerate(parts)]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #11cffd5f
+# %% ../../nbs/07_training/05_adapt.ipynb #36e968c3
 def _tell(out:Path, members:list, pairs:list, student, above:int, device):
     "Score teacher and student, print the headroom and keep it."
-    scores = {pair: score for predict, part in members for pair, score in zip(part, _score(predict, part, above))}
-    alone = _score(_run_logits(student, device), pairs, above) if student is not None else None
-    teacher = [scores[pair] for pair in pairs]
-    found = measure_headroom(teacher, alone, [sequence_of(pair.image) for pair in pairs])
+    scores, alone = {}, _score(_run_logits(student, device), pairs, above) if student is not None else {}
+    for predict, part in members: scores |= _score(predict, part, above)
+    columns = [[each[pair][k] for pair in pairs] if each else None for k in (0, 1) for each in (scores, alone)]
+    sequences = [sequence_of(pair.image) for pair in pairs]
+    found = measure_headroom(*columns[:2], sequences) | dict(at_half=measure_headroom(*columns[2:], sequences))
     print(headroom_line(found))
-    each = [dict(image=printable(pair.image.name), teacher=score) | ({} if alone is None else dict(student=alone[i])) for i, (pair, score) in enumerate(zip(pairs, teacher))]
+    each = [dict(image=printable(pair.image.name), teacher=scores[pair]) | (dict(student=alone[pair]) if alone else {}) for pair in pairs]
     with disk_full_error(out), atomic_path(out/'headroom.json') as path:
         path.write_text(json.dumps(found | dict(run=student and str(Path(student).absolute()), scores=each), indent=1))
