@@ -183,7 +183,7 @@ def test_headroom_is_beside_a_student_that_saw_the_same(data, adapted, tmp_path,
     assert found['images'] == 4 == len(found['scores']) and found['ci95'][0] <= found['headroom'] <= found['ci95'][1]
     assert abs(found['headroom'] - np.mean([row['teacher'] - row['student'] for row in found['scores']])) < 1e-9
     with pytest.raises(InputError, match='in common; train both'): adapt(data, tmp_path/'new', **BACKBONE | dict(student=other))
-    with pytest.raises(InputError, match='nothing adapted|no run'): adapt(data, tmp_path/'new', **BACKBONE | dict(student=tmp_path))
+    with pytest.raises(InputError, match='no run in it'): adapt(data, tmp_path/'new', **BACKBONE | dict(student=tmp_path))
     config = json.loads((same/'config.json').read_text())
     config['settings']['distilled'] = True
     (same/'config.json').write_text(json.dumps(config))
@@ -204,7 +204,7 @@ def test_damage_is_named(folded, stored, tmp_path):
         shutil.copytree(folded, tmp_path/name)
         (tmp_path/name/file).write_text(content)
         with pytest.raises(InputError, match=said): create_teacher(f'adapted={tmp_path}/{name}')
-    with pytest.raises(InputError, match='nothing adapted'): create_teacher(f'adapted={tmp_path}')
+    with pytest.raises(InputError, match='no run in it'): create_teacher(f'adapted={tmp_path}')
     with pytest.raises(InputError, match='adapted=FOLDER'): create_teacher('adapted')
 
 

@@ -6,7 +6,7 @@
 __all__ = ['threshold_dice', 'measure_headroom', 'headroom_line', 'FeatureDecoder', 'RunTeacher', 'DecoderTeacher',
            'FoldedTeacher', 'adapted_teacher', 'adapt']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #4b6e982c
+# %% ../../nbs/07_training/05_adapt.ipynb #18f62f00
 import copy, json, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -44,7 +44,7 @@ from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
 from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6f6cefa6
+# %% ../../nbs/07_training/05_adapt.ipynb #703839ef
 def threshold_dice(
     probability:np.ndarray, # (H, W) in 0..1
     mask:np.ndarray # (H, W) bool
@@ -55,7 +55,7 @@ def threshold_dice(
     hit, miss = (np.bincount(level[part], minlength=256)[::-1].cumsum() for part in (mask, ~mask)) # pixels as bright as 255, 254 … 0
     return float((2*hit/np.maximum(hit + miss + mask.sum(), 1)).mean())
 
-# %% ../../nbs/07_training/05_adapt.ipynb #504eb22a
+# %% ../../nbs/07_training/05_adapt.ipynb #55dd8abf
 def measure_headroom(
     teacher, student=None, # a score in 0..1 for each validation image, in one order
     sequences=None, # of each image; every image is alone if None
@@ -71,7 +71,7 @@ def measure_headroom(
         found |= dict(student=np.mean(student), headroom=gain.mean(), ci95=np.quantile(total[drawn].sum(1)/count[drawn].sum(1), (.025, .975)).tolist())
     return {name: value if isinstance(value, (list, int)) else float(value) for name, value in found.items()}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #edbd038e
+# %% ../../nbs/07_training/05_adapt.ipynb #709c5963
 def headroom_line(
     found:dict # as from `measure_headroom`
 ) -> str:
@@ -83,7 +83,7 @@ def headroom_line(
     half = f' (at threshold 0.5: {100*found["at_half"]["headroom"]:.1f} points)' if 'at_half' in found else ''
     return f'headroom {100*found["headroom"]:.1f} points [{low:.1f}, {high:.1f}] {on}: {score("teacher")}, {score("student")}{half}'
 
-# %% ../../nbs/07_training/05_adapt.ipynb #0fb20deb
+# %% ../../nbs/07_training/05_adapt.ipynb #e40a2424
 def _backbone_student(
     backbone:str # `timm/NAME[=FILE][,option=value …]`
 ) -> tuple: # options of the student `timm-unet`, backbone weights
@@ -93,11 +93,11 @@ def _backbone_student(
     pretrained = options.pop('pretrained', True)
     return options | dict(backbone=name.removeprefix('timm/')), file or pretrained
 
-# %% ../../nbs/07_training/05_adapt.ipynb #4596ac2a
+# %% ../../nbs/07_training/05_adapt.ipynb #6586ce27
 def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     "Raises `InputError`."
     config = folder/'config.json'
-    if not config.is_file(): raise InputError(f'{folder}: nothing adapted in it; make it with `polyp-difom adapt`')
+    if not config.is_file(): raise InputError(f'{folder}: no run in it; make one with `polyp-difom adapt`, or `polyp-difom train`')
     try: held = json.loads(config.read_text())
     except ValueError: raise InputError(f'{config}: not readable as JSON; the run is damaged') from None
     check_fields(held, dict(settings=of_type('names and values', dict)), config)
@@ -110,7 +110,7 @@ def _check_asked(out:Path, asked:dict):
     other = [f'{name} {held.get(name)} then, {value} now' for name, value in asked.items() if value is not None and held.get(name) != value]
     if other: raise InputError(f'{out}: was adapted otherwise: {name_some(other, 3)}; choose another --out, or adapt as before')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6b860c79
+# %% ../../nbs/07_training/05_adapt.ipynb #80e5341f
 def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainConfig, device) -> Path:
     "A run of `timm-unet`, begun or gone on with."
     options, pretrained = _backbone_student(backbone)
@@ -121,7 +121,7 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
     student = ','.join(['timm-unet', *(f'{name}={value}' for name, value in options.items())])
     return train(data, out, student, pretrained=pretrained, device=device, **asdict(layout), **vars(config))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #64f9acce
+# %% ../../nbs/07_training/05_adapt.ipynb #e007a8e0
 class FeatureDecoder(nn.Module):
     "Maps of frozen teachers -> logits (B, 1, size, size)."
     def __init__(self,
@@ -144,7 +144,7 @@ class FeatureDecoder(nn.Module):
 
 def _resize(x, size:tuple): return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #7bbd5585
+# %% ../../nbs/07_training/05_adapt.ipynb #702e2de4
 class _StoredMaps:
     "Of each labelled image a map of each teacher, and its mask."
     def __init__(self, pairs:list, store:FeatureStore, teachers:list, size:int, allow_empty:bool, above:int):
@@ -157,7 +157,7 @@ class _StoredMaps:
         digest = bytes.fromhex(self.image_hashes[i])
         return *(torch.from_numpy(self.store.read(teacher, digest)) for teacher in self.teachers), self.masks[i][None]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #aa31c143
+# %% ../../nbs/07_training/05_adapt.ipynb #9a4e7844
 def _as_floats(batch): return tuple(x.float() for x in batch)
 
 def _flipped(batch):
@@ -179,7 +179,7 @@ class _StepLoader(DataLoader):
         while len(order) < self.n: order += self.rng.sample(every, len(every))
         return order[:self.n]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #cbf3ca6f
+# %% ../../nbs/07_training/05_adapt.ipynb #b3a527ed
 def _stored_learner(data, store, teachers, layout, config, width:int, device) -> Learner:
     "A decoder and its loaders as a fastai learner. Raises `InputError` for whatever does not fit."
     parts = [_StoredMaps(pairs, store, teachers, config.size, config.allow_empty, layout.mask_above) for pairs in split_labelled(data, layout, config)]
@@ -190,7 +190,7 @@ def _stored_learner(data, store, teachers, layout, config, width:int, device) ->
     dls.n_inp = len(teachers)
     return Learner(dls, model, OutputLoss(config.loss or 'bce-dice'), opt_func=adam, metrics=dice_score, cbs=EpochSeed(config.seed))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #35c47123
+# %% ../../nbs/07_training/05_adapt.ipynb #c96529f9
 def _specs(store:FeatureStore, teacher) -> dict: # name -> specification
     "The teachers whose maps are joined. Raises `InputError`."
     specs = (teacher,) if isinstance(teacher, str) else tuple(teacher)
@@ -211,7 +211,7 @@ def _write_record(out:Path, learn, settings:dict, data, features):
     with disk_full_error(out), atomic_path(out/'files.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
     with disk_full_error(out), atomic_path(out/'config.json') as path: path.write_text(json.dumps(record, indent=1))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #22fcb30c
+# %% ../../nbs/07_training/05_adapt.ipynb #22a85871
 def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     "Put back what a training that stopped has left. Raises `InputError` if it was another one."
     last = out/'last.safetensors'
@@ -225,7 +225,7 @@ def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     load_learner_tensors(learn, tensors, last)
     return kept['rows']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #576208ec
+# %% ../../nbs/07_training/05_adapt.ipynb #e8eb34f7
 def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:TrainConfig, width:int, device) -> Path:
     "A decoder on stored maps, begun or gone on with."
     store = FeatureStore(features)
@@ -242,7 +242,7 @@ def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:Trai
         finally: progress.close()
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #31cb88ed
+# %% ../../nbs/07_training/05_adapt.ipynb #80d5541f
 @contextmanager
 def _outputs(modules:dict): # name -> module; yields a list that fills with (name, output) in order
     "What modules give while they are called."
@@ -252,12 +252,12 @@ def _outputs(modules:dict): # name -> module; yields a list that fills with (nam
     finally:
         for handle in handles: handle.remove()
 
-def _decoder_modules(model) -> dict: # name -> module
+def _decoder_modules(model, size:int) -> dict: # name -> module
     "The modules of a student that `encode` does without."
-    encoder = set(map(id, encoder_modules(model.student, 2*model.multiple)))
+    encoder = set(map(id, encoder_modules(model.student, size)))
     return {name: module for name, module in model.student.named_modules() if name and id(module) not in encoder}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #efec1e3f
+# %% ../../nbs/07_training/05_adapt.ipynb #6c598c93
 @torch.no_grad()
 def _find_stage(
     model, # `PolypDiFoM` in eval mode
@@ -266,20 +266,19 @@ def _find_stage(
 ) -> tuple: # stride; name of the module that has the maps; of the one that has the logits at that stride, or None
     "Raises `InputError` for a student without maps in its decoder."
     image, padded = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)), size + -size % model.multiple
-    with _outputs(_decoder_modules(model)) as found: logits = model(image)
+    with _outputs(_decoder_modules(model, padded)) as found: logits = model(image)
     found = [(padded//x.shape[-1], name, x) for name, x in found if torch.is_tensor(x) and x.ndim == 4 and padded % x.shape[-1] == 0]
     stride = min((stride for stride, _, x in found if stride >= 4 and x.shape[1] > 1), default=0)
     if not stride or size % stride: raise InputError(f'{run}: no maps of stride 4 and above in its decoder at {size} pixels; adapt a backbone at a multiple of 32')
     heads = [name for s, name, x in found if s == stride and x.shape[1] == 1 and torch.allclose(_resize(x, (padded,)*2)[..., :size, :size], logits, atol=1e-4)]
     return stride, [name for s, name, x in found if s == stride and x.shape[1] > 1][-1], heads[-1] if heads else None
 
-# %% ../../nbs/07_training/05_adapt.ipynb #cddf412c
+# %% ../../nbs/07_training/05_adapt.ipynb #ec77f33b
 class RunTeacher(Teacher):
     "A run as a teacher: (B, 3, S, S) -> (B, 1 + C, S/4, S/4), logits and maps of its decoder."
     settings = dict(mask_logits=True)
     def __init__(self,
-        name:str, run, # folder of a finished run
-        alone:bool=True # as for `DecoderTeacher`
+        name:str, run # folder of a finished run
     ):
         super().__init__(name, _finished(run)['size'])
         self.model = load_model(run)
@@ -296,7 +295,7 @@ class RunTeacher(Teacher):
 
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #27a0bfe8
+# %% ../../nbs/07_training/05_adapt.ipynb #f8b15288
 def _finished(folder) -> dict: # its settings
     "Raises `InputError` for what is no run, or one that has stopped before its end."
     held, settings = _read_settings(Path(folder))
@@ -305,7 +304,7 @@ def _finished(folder) -> dict: # its settings
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
 
-# %% ../../nbs/07_training/05_adapt.ipynb #8c9e1dd6
+# %% ../../nbs/07_training/05_adapt.ipynb #64198a00
 def _same_teacher(spec:str, made:dict, folder) -> Teacher:
     "A teacher by its specification. Raises `InputError` if its maps would be others than those that the decoder knows."
     teacher = create_teacher(spec)
@@ -323,16 +322,16 @@ def _load_decoder(folder:Path) -> FeatureDecoder:
     decoder.load_state_dict(tensors)
     return decoder.eval()
 
-# %% ../../nbs/07_training/05_adapt.ipynb #fd26139b
+# %% ../../nbs/07_training/05_adapt.ipynb #f20ec954
 class DecoderTeacher(Teacher):
     "Frozen teachers and the decoder on their maps: (B, 3, S, S) -> (B, 1 + width, size/4, size/4)."
     def __init__(self,
         name:str, folder, # made by `adapt` with `features`
-        alone:bool=True # False for a fold that is given the maps of another one's teachers
+        looks:bool=True # False for a fold that is given what another one's teachers see
     ):
         made = _finished(folder)
         check_fields(made, dict(specs=of_type('names and specifications', dict), teachers=of_type('names and what made them', dict)), Path(folder)/'config.json')
-        decoder, teachers = _load_decoder(Path(folder)), [_same_teacher(spec, made['teachers'].get(one, {}), folder) for one, spec in made['specs'].items()] if alone else []
+        decoder, teachers = _load_decoder(Path(folder)), [_same_teacher(spec, made['teachers'].get(one, {}), folder) for one, spec in made['specs'].items()] if looks else []
         super().__init__(name, max((teacher.size for teacher in teachers), default=decoder.size))
         self.teachers, self.decoder = nn.ModuleList(teachers), decoder
         self.settings = dict(mask_logits=True, mask_size=decoder.size)
@@ -341,18 +340,18 @@ class DecoderTeacher(Teacher):
     def read(self, maps): return self.decoder.decode(*maps)
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #de2ff2b8
+# %% ../../nbs/07_training/05_adapt.ipynb #7ea5304c
 class FoldedTeacher(Teacher):
     "Several teachers of which each has not seen a part of the labelled images."
     def __init__(self,
         name:str, folder # with `folds.csv`
     ):
         table = _read_folds(Path(folder))
-        self_made = [_member(name, Path(folder)/f'fold-{k + 1}', k == 0) for k in range(table.fold.max())]
-        super().__init__(name, self_made[0].size)
-        self.members, self.taken, self.views = nn.ModuleList(self_made), None, {}
+        members = [_member(name, Path(folder)/f'fold-{k + 1}', k == 0) for k in range(table.fold.max())]
+        super().__init__(name, members[0].size)
+        self.members, self.taken, self.views = nn.ModuleList(members), None, {}
         self.fold = {bytes.fromhex(digest): fold - 1 for digest, fold in zip(table.image_hash, table.fold)}
-        self.settings = self_made[0].settings | dict(folds=len(self_made), dealt=_folds_hash(table))
+        self.settings = members[0].settings | dict(folds=len(members), dealt=_folds_hash(table))
 
     def features(self, x): # (B, 3, S, S) -> (B, 1 + C, S/4, S/4)
         seen, first = self.members[0].look(x), self.members[0]
@@ -361,7 +360,7 @@ class FoldedTeacher(Teacher):
         else: logits = maps[:, :1] if self.taken == 0 else self.members[self.taken].read(seen)[:, :1]
         return torch.cat([logits, maps[:, 1:]], 1)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #66777514
+# %% ../../nbs/07_training/05_adapt.ipynb #6e335ef3
 @patch
 def choose(self:FoldedTeacher,
     digest:bytes # `file_hash` of an image
@@ -374,7 +373,7 @@ def choose(self:FoldedTeacher,
         view.taken = fold
     return self.views[fold]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #8b3eaafd
+# %% ../../nbs/07_training/05_adapt.ipynb #ebea6f9b
 def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
     "Raises `InputError` for a table that `adapt` does not write."
     path = folder/'folds.csv'
@@ -386,12 +385,11 @@ def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
 
 def _folds_hash(table) -> str: return f'{pd.util.hash_pandas_object(table[["fold", "image_hash"]], index=False).sum():016x}'
 
-def _member(name:str, folder:Path, alone:bool=True) -> Teacher:
+def _member(name:str, folder:Path, looks:bool=True) -> Teacher:
     "What is in one folder, as a teacher."
-    kind = DecoderTeacher if 'decoder' in _read_settings(folder)[1] else RunTeacher
-    return kind(name, folder, alone)
+    return DecoderTeacher(name, folder, looks) if 'decoder' in _read_settings(folder)[1] else RunTeacher(name, folder)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #cb2e417f
+# %% ../../nbs/07_training/05_adapt.ipynb #3d82e9c9
 @register_teacher('adapted')
 def adapted_teacher(
     name:str, # as in the registry
@@ -402,7 +400,7 @@ def adapted_teacher(
     folder = Path(checkpoint).expanduser()
     return (FoldedTeacher if (folder/'folds.csv').is_file() else _member)(name, folder)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #a87a0bf4
+# %% ../../nbs/07_training/05_adapt.ipynb #da79ab55
 def _score(
     predict, # path of an image -> logits (h, w)
     pairs:list, above:int
@@ -425,7 +423,7 @@ def _decoder_logits(folder, features, device):
     def logits(image): return decoder(*maps(image))[0, 0].cpu()
     return logits
 
-# %% ../../nbs/07_training/05_adapt.ipynb #3a61b4cc
+# %% ../../nbs/07_training/05_adapt.ipynb #9880c423
 def _student_part(student) -> set: # of hashes
     "The validation images of a student alone. Raises `InputError` if its score would mean something else."
     settings = _finished(student)
@@ -442,7 +440,7 @@ def _common_part(pairs:list, student, whole:bool) -> list: # of pairs
     if len(common) == len(theirs) and (whole or len(common) == len(pairs)): return common
     raise InputError(f'{student}: has {len(theirs)} validation images, the teacher {len(pairs)}, and {len(common)} in common; train both with the same data, layout, labels, valid and seed')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #a4a3ecf4
+# %% ../../nbs/07_training/05_adapt.ipynb #602b5dcd
 def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
     "Write `folds.csv`, or see that it is the same. Raises `InputError`."
     dealt = draw_folds(pairs, check_number('folds', folds, 2, 100), [sequence_of(pair.image) for pair in pairs])
@@ -454,7 +452,7 @@ def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
         with disk_full_error(out), atomic_path(out/'folds.csv') as path: table.to_csv(path, index=False)
     return dealt
 
-# %% ../../nbs/07_training/05_adapt.ipynb #96b8b949
+# %% ../../nbs/07_training/05_adapt.ipynb #815a8195
 def adapt(
     data, # data set, see `Layout`
     out, # folder of what is adapted; where one has stopped, it goes on
@@ -475,29 +473,29 @@ def adapt(
     given = dict(size=size, epochs=(check_number('epochs', epochs, 1, 10**6), 0, 0), steps=steps, batch_size=batch_size, lr=lr, augment=augment, schedule='one-cycle', select='last')
     layout, config = read_options(given | options, Layout, TrainConfig)
     out, device = Path(out), find_device(device)
-    make, predictor = _maker(data, backbone, features, teacher, layout, config, width, device)
+    make, predictor = _maker(data, out, backbone, features, teacher, layout, config, width, device)
     pairs, members = _members(data, out, layout, config, folds, student)
     for folder, fold, _ in members: make(folder, fold)
     _tell(out, [(predictor(folder), part) for folder, _, part in members], pairs, student, layout.mask_above, device)
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #edc64bad
-def _maker(data, backbone, features, teacher, layout, config, width, device) -> tuple: # (folder, fold) -> None; folder -> its logits of an image
+# %% ../../nbs/07_training/05_adapt.ipynb #428957c4
+def _maker(data, out:Path, backbone, features, teacher, layout, config, width, device) -> tuple: # (folder, fold) -> None; folder -> its logits of an image
     "Raises `InputError` unless one of the two ways is chosen."
     if (backbone is None) == (features is None): raise InputError('adapt: give a backbone (--backbone timm/NAME=FILE), or a feature store (--features STORE)')
     if config.size % 4: raise InputError(f'size {config.size}: give a multiple of 4 pixels, better of 32')
     if backbone:
         options, pretrained = _backbone_student(backbone)
-        create_student('timm-unet', **options, pretrained=pretrained)
-        return (lambda out, fold: _train_backbone(data, out, backbone, layout, _with_fold(config, fold), device)), partial(_run_logits, device=device)
+        if not out.exists(): create_student('timm-unet', **options, pretrained=pretrained) # what was begun may do without its weights
+        return (lambda folder, fold: _train_backbone(data, folder, backbone, layout, _with_fold(config, fold), device)), partial(_run_logits, device=device)
     check_number('width', width, 1, 4096)
     _specs(FeatureStore(features), teacher)
-    return ((lambda out, fold: _train_decoder(data, out, features, teacher, layout, _with_fold(config, fold), width, device)),
+    return ((lambda folder, fold: _train_decoder(data, folder, features, teacher, layout, _with_fold(config, fold), width, device)),
             partial(_decoder_logits, features=features, device=device))
 
 def _with_fold(config:TrainConfig, fold) -> TrainConfig: return TrainConfig(**vars(config) | dict(fold=fold))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #d52b9ac7
+# %% ../../nbs/07_training/05_adapt.ipynb #3dad1272
 def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pairs to score, list of (folder, fold, the pairs it has not seen)
     "What is to be trained, and what each part of it is scored on. Raises `InputError`."
     if not folds:
@@ -509,15 +507,15 @@ def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pai
     parts = [[pair for pair, fold in zip(pairs, dealt) if fold == k + 1 and pair in scored] for k in range(folds)]
     return scored, [(out/f'fold-{k + 1}', (k + 1, folds), part) for k, part in enumerate(parts)]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #36e968c3
+# %% ../../nbs/07_training/05_adapt.ipynb #1fa80691
 def _tell(out:Path, members:list, pairs:list, student, above:int, device):
     "Score teacher and student, print the headroom and keep it."
-    scores, alone = {}, _score(_run_logits(student, device), pairs, above) if student is not None else {}
+    scores, theirs = {}, _score(_run_logits(student, device), pairs, above) if student is not None else {}
     for predict, part in members: scores |= _score(predict, part, above)
-    columns = [[each[pair][k] for pair in pairs] if each else None for k in (0, 1) for each in (scores, alone)]
+    columns = [[each[pair][k] for pair in pairs] if each else None for k in (0, 1) for each in (scores, theirs)]
     sequences = [sequence_of(pair.image) for pair in pairs]
     found = measure_headroom(*columns[:2], sequences) | dict(at_half=measure_headroom(*columns[2:], sequences))
     print(headroom_line(found))
-    each = [dict(image=printable(pair.image.name), teacher=scores[pair]) | (dict(student=alone[pair]) if alone else {}) for pair in pairs]
+    each = [dict(image=printable(pair.image.name), teacher=scores[pair]) | (dict(student=theirs[pair]) if theirs else {}) for pair in pairs]
     with disk_full_error(out), atomic_path(out/'headroom.json') as path:
         path.write_text(json.dumps(found | dict(run=student and str(Path(student).absolute()), scores=each), indent=1))
