@@ -20,11 +20,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..weights import read_tensors, save_tensors
-from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, log_column, phase_restarts
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
 class DifomLearner(Learner):
@@ -224,6 +223,7 @@ def load_learner_tensors(learn, tensors:dict, path):
             state.setdefault(int(i), {})[key] = value
     if not learn.opt: learn.create_opt()
     if state and hasattr(learn.opt, 'opt'): learn.opt.opt.load_state_dict(learn.opt.opt.state_dict() | dict(state=state))
+    load_callback_tensors(learn, tensors)
 
 # %% ../../nbs/07_training/03_learner.ipynb #e6c67d15
 def _learner_file(learn, file) -> Path:
