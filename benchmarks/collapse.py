@@ -33,9 +33,9 @@ def train(arm, train_pairs, valid_pairs, store, given):
     "One arm; the rows of its log."
     torch.manual_seed(0)
     images, size = [pair.image for pair in train_pairs], given.size
-    model = PolypDiFoM(create_student('unet', width=16))
+    model = PolypDiFoM(create_student('unet', width=16), 'paper')
     if arm == 'frozen targets':
-        targets, distillation = build_targets(store, images, model.latent_grid(size), model.latents.channels), Distillation()
+        targets, distillation = build_targets(store, images, model.target_grids(size), model.latents.channels), Distillation()
     else:
         targets, distillation = RawMaps(store, images), PublishedDistillation()
         model.teacher_fusion = TrainableFusion(len(targets[0]), model.latents.channels)

@@ -276,9 +276,9 @@ def learner(student, distilled, given):
     "As `train` makes it, in phase II, at one scale so that every step is the same."
     pairs = list_pairs(train_folder(given.data))
     torch.manual_seed(0)
-    model = PolypDiFoM(create_student(student), distilled=distilled)
+    model = PolypDiFoM(create_student(student), 'paper' if distilled else None)
     train_part, valid_part = pairs[:2*given.batch], pairs[2*given.batch:][:1]
-    targets = build_targets(FeatureStore(given.features), [pair.image for pair in train_part], model.latent_grid(given.size), model.latents.channels) if distilled else None
+    targets = build_targets(FeatureStore(given.features), [pair.image for pair in train_part], model.target_grids(given.size), model.latents.channels) if distilled else None
     dls = polyp_dataloaders(PolypDataset(train_part, given.size, targets), PolypDataset(valid_part, given.size), given.batch, (1.,), torch.device(given.device))
     model.precision = amp_dtype(torch.device(given.device))
     cbs = [EpochSeed(0), PhaseSchedule((0, 1, 0)), EncoderFreeze(given.size)]

@@ -90,7 +90,7 @@ def frames(size, device): # images (8, 3, size, size) in 0..1, masks (8, 1, size
 def fresh_model(student, variant, size, device):
     "Always the same weights; batch norms know the frames, else the logits of an untrained network hardly differ."
     torch.manual_seed(0)
-    model = PolypDiFoM(create_student(student, pretrained=False), distilled=variant == 'distilled', precision='fp32').to(device)
+    model = PolypDiFoM(create_student(student, pretrained=False), 'paper' if variant == 'distilled' else None, precision='fp32').to(device)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms: norm.momentum = 1.0
     with torch.no_grad(): model.train()(frames(size, device)[0][:4])
@@ -108,7 +108,7 @@ class Runner:
         self.model = copy.deepcopy(model).to(memory_format=self.layout)
         self.model.precision = 'bf16' if mode == 'bf16' else 'fp32'
         if self.distilled:
-            self.targets = torch.randn(2, batch, self.model.latents.channels, *self.model.latent_grid(size), device=device)
+            self.targets = torch.randn(2, batch, self.model.latents.channels, *self.model.target_grids(size)[0], device=device)
             caught = self.caught
             self.model.latents.register_forward_hook(lambda module, inputs, output: caught.update(latents=output))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)

@@ -230,6 +230,6 @@ def import_published(
     settings = dict(student=net.config['name'], options=options, distilled=False, size=size, epochs=[0, 0, 0], seed=None, published=name)
     origin = dict(weights=printable(weights), weights_hash=file_hash(weights).hex(), versions=dict(polyp_difom=__version__, torch=torch.__version__))
     with disk_full_error(out):
-        save_model(PolypDiFoM(net, distilled=False), out/'best.safetensors')
+        save_model(PolypDiFoM(net), out/'best.safetensors')
         with atomic_path(out/'config.json') as path: path.write_text(json.dumps(dict(settings=settings) | origin, indent=1))
     return out

@@ -24,7 +24,7 @@ SETTINGS = dict(student='unet', options={}, distilled=True, size=64, epochs=[1, 
 def make_run(folder, student, **settings):
     "A run folder of a network as it is."
     torch.manual_seed(0)
-    save_model(PolypDiFoM(student, distilled=True), folder/'best.safetensors')
+    save_model(PolypDiFoM(student, 'paper'), folder/'best.safetensors')
     (folder/'config.json').write_text(json.dumps(dict(settings=SETTINGS | settings)))
     return folder
 

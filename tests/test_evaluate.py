@@ -25,7 +25,7 @@ def make_run(folder, seed=0):
     "The folder of a run that has learnt nothing."
     torch.manual_seed(seed)
     net = create_student('unet', width=2)
-    save_model(PolypDiFoM(net, distilled=False), folder/'best.safetensors')
+    save_model(PolypDiFoM(net), folder/'best.safetensors')
     settings = dict(student='unet', options=net.config['options'], distilled=False, size=32, epochs=[1, 0, 0], seed=seed)
     (folder/'config.json').write_text(json.dumps(dict(settings=settings)))
     return folder

@@ -24,7 +24,7 @@ SETTINGS = dict(student='x', options={}, distilled=True, size=64, epochs=[1, 0, 
 def make_run(folder, student, distilled=True, size=64):
     "A run of a network with random weights, whose maps are lively: statistics and the latents' join are drawn, too."
     torch.manual_seed(0)
-    model = PolypDiFoM(student, distilled)
+    model = PolypDiFoM(student, 'paper' if distilled else None)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d): module.running_mean.normal_(0, .2); module.running_var.uniform_(.5, 1.5)
     if distilled and model.fusion.join: nn.init.normal_(model.fusion.join.weight, std=.05)

@@ -91,7 +91,7 @@ def test_a_published_checkpoint_becomes_a_run(published, polyp_difom, tmp_path, 
     result = polyp_difom('import', name, tmp_path/'weights.pth', '--out', tmp_path/'run', '--size', '64')
     assert result.returncode == 0, result.err
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
-    expected = PolypDiFoM(load_published(name, weights), distilled=False).eval()
+    expected = PolypDiFoM(load_published(name, weights)).eval()
     np.testing.assert_allclose(predict(load_model(tmp_path/'run'), picture, 64), predict(expected, picture, 64), atol=1e-5)
     result = polyp_difom('evaluate', tmp_path/'run', data, '--json', tmp_path/'scores.json')
     assert result.returncode == 0 and json.loads((tmp_path/'scores.json').read_text())['sets']['Synthetic']['images'] == 3

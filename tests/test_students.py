@@ -38,7 +38,7 @@ def small(name):
 @pytest.mark.parametrize('name, distilled', [(name, True) for name in [*student_registry, *SMP]] + [(name, False) for name in student_registry])
 def test_a_step_moves_every_weight_and_what_is_saved_is_loaded(name, distilled, tmp_path):
     student = small(name)
-    model = PolypDiFoM(student, distilled)
+    model = PolypDiFoM(student, 'paper' if distilled else None)
     before, kept = copy.deepcopy(model.state_dict()), {}
     images, masks = torch.rand(2, 3, 64, 96), (torch.rand(2, 1, 64, 96) > .7).float()
     if distilled: model.latents.register_forward_hook(lambda module, inputs, output: kept.update(latents=output))
@@ -67,8 +67,8 @@ def test_three_phases_freeze_the_encoder_and_nothing_else(name, data, features):
     class Watch(Callback):
         order = 98
         def after_train(self): states.append({k: v.clone() for k, v in self.model.student.state_dict().items()})
-    pairs, model = train_pairs(data), PolypDiFoM(student)
-    targets = build_targets(FeatureStore(features), [pair.image for pair in pairs[:6]], model.latent_grid(64), model.latents.channels)
+    pairs, model = train_pairs(data), PolypDiFoM(student, 'paper')
+    targets = build_targets(FeatureStore(features), [pair.image for pair in pairs[:6]], model.target_grids(64), model.latents.channels)
     dls = polyp_dataloaders(PolypDataset(pairs[:6], 64, targets), PolypDataset(pairs[6:8], 64), 3, (1.,), torch.device('cpu'))
     learn = difom_learner(dls, model, distill=Distillation(), cbs=[Watch()])
     with learn.no_bar(), learn.no_logging(): learn.fit_phases((1, 1, 1), 1e-3)

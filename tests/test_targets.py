@@ -376,11 +376,11 @@ def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_t
     train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), 0.25)
     images = [pair.image for pair in train_pairs]
     torch.manual_seed(0)
-    store, model = FeatureStore(features), PolypDiFoM(create_student('unet', width=4))
+    store, model = FeatureStore(features), PolypDiFoM(create_student('unet', width=4), 'paper')
     raw = RawMaps(store, images)
     model.teacher_fusion = TrainableFusion(len(raw[0]), model.latents.channels)
     before = [p.detach().clone() for p in model.teacher_fusion.parameters()]
-    targets = raw if published else build_targets(store, images, model.latent_grid(64), model.latents.channels)
+    targets = raw if published else build_targets(store, images, model.target_grids(64), model.latents.channels)
     dls = polyp_dataloaders(PolypDataset(train_pairs, 64, targets), PolypDataset(valid_pairs, 64), 4, (1.,), torch.device('cpu'))
     distillation = PublishedDistillation() if published else Distillation()
     learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score, cbs=[PhaseSchedule((1, 1, 0)), distillation, Seen()])

@@ -38,13 +38,13 @@ SHORT = dict(student='unet,width=4', size=64, epochs=(1, 1, 1), batch_size=4, va
 def parts_of(data, features=None, size=64, model=None):
     "Loaders over sixteen frames, with targets where there are features."
     train_part, valid_part = split_pairs(train_pairs(data), 0.25)
-    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.latent_grid(size), model.latents.channels)
+    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.target_grids(size), model.latents.channels)
     return polyp_dataloaders(PolypDataset(train_part, size, targets), PolypDataset(valid_part, size), 4, (1.,), torch.device('cpu'))
 
 
 def small_model(distilled=True, student=None):
     torch.manual_seed(0)
-    return PolypDiFoM(student or create_student('unet', width=4), distilled)
+    return PolypDiFoM(student or create_student('unet', width=4), 'paper' if distilled else None)
 
 
 def plain_learner(data, features, *cbs, model=None):
@@ -230,7 +230,7 @@ def middle(maps):
 @pytest.mark.parametrize('row, column', [(.3, .3), (.6, .7)])
 def test_a_spot_is_at_the_same_place_in_latent_and_target(height, width, row, column):
     "Also where the image is padded: 12 % off at 100 px once."
-    model = PolypDiFoM(create_student('unet', width=4))
+    model = PolypDiFoM(create_student('unet', width=4), 'paper')
     y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing='ij')
     spot = torch.exp(-((y - row*height)**2 + (x - column*width)**2)/2/9**2)[None, None]
     padded = F.pad(spot, (0, -width % 16, 0, -height % 16), mode='replicate')
@@ -244,9 +244,9 @@ def test_distillation_aligns_at_a_size_that_is_padded(data, features):
     model = small_model()
     learn = difom_learner(parts_of(data, features, size=100, model=model), model, distill=Distillation())
     quiet_fit(learn, 1)
-    latent, target = learn.distillation.pairs[0]
+    latent, target = learn.distillation.pairs['l1']
     assert latent.shape == target.shape == (4, 16, 7, 7)
-    stored = learn.distillation.target[0][:, 0]
+    stored = learn.distillation.extras['low']
     assert torch.allclose(target, align_latent(latent, stored, (100/112,)*2)[1]) and not torch.allclose(target, stored)
 
 
@@ -315,7 +315,7 @@ class Spoilt:
     def __init__(self, targets): self.targets, self.read, self.path, self.settings = targets, 0, targets.path, targets.settings
     def __getitem__(self, i):
         self.read += 1
-        return self.targets[i]*(np.nan if i == 7 and self.read > 12 else 1)
+        return [part*np.float16(np.nan if i == 7 and self.read > 12 else 1) for part in self.targets[i]]
 
 
 class Spoil(Callback):
@@ -473,7 +473,7 @@ def test_every_distance_trains_and_is_kept_in_the_settings(distance, data, featu
 def watched(latent, target, grams=None):
     "What `TargetWatch` finds after one batch of these."
     watch = TargetWatch(grams)
-    watch.rows, watch.learn = [], SimpleNamespace(training=True, epoch=0, distillation=SimpleNamespace(pairs=[(latent, target)]*2, target=[torch.stack([target, target], 1)]))
+    watch.rows, watch.learn = [], SimpleNamespace(training=True, epoch=0, distillation=SimpleNamespace(pairs=dict(l1=(latent, target), l2=(latent, target)), extras=dict(low=target, high=target)))
     watch.before_train(); watch.after_loss(); watch.after_train()
     return watch.values
 
@@ -493,7 +493,7 @@ def test_r2_is_one_for_a_copy_and_zero_for_the_mean():
 class Shrinking:
     "Targets that lose 40 % an epoch, as trainable ones may."
     def __init__(self, targets): self.targets, self.log = targets, None
-    def __getitem__(self, i): return torch.from_numpy(self.targets[i])*0.6**len(self.log.rows)
+    def __getitem__(self, i): return [part*np.float16(0.6**len(self.log.rows)) for part in self.targets[i]]
 
 
 @pytest.mark.parametrize('shrink', [True, False])

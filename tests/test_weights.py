@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 @pytest.fixture
 def small(tmp_path):
     "A checkpoint of a small U-Net."
-    save_model(PolypDiFoM(create_student('unet', width=2), distilled=True), tmp_path/'model.safetensors')
+    save_model(PolypDiFoM(create_student('unet', width=2), 'paper'), tmp_path/'model.safetensors')
     return tmp_path/'model.safetensors'
 
 
@@ -93,7 +93,7 @@ def test_a_network_is_compared_before_it_takes_memory(small):
     devices = []
     def make():
         devices.append(torch.empty(0).device.type)
-        return PolypDiFoM(create_student('unet', width=4 if len(devices) < 2 else 2), distilled=True)
+        return PolypDiFoM(create_student('unet', width=4 if len(devices) < 2 else 2), 'paper')
     with pytest.raises(InputError, match='does not fit the network it names'): make_fitting(make, tensors, small)
     assert devices == ['meta']
     assert len(make_fitting(make, tensors, small).state_dict()) == len(tensors) and devices == ['meta', 'meta', 'cpu']
@@ -104,7 +104,7 @@ def test_a_network_is_compared_before_it_takes_memory(small):
 def test_what_was_trained_is_loaded_again(spec, tmp_path):
     name, *options = spec.split(',')
     options = {key: json.loads(value.replace(';', ',')) if value[0] in '[0123456789' else True if value == 'True' else value for key, value in (o.split('=') for o in options)}
-    model = PolypDiFoM(create_student(name, pretrained=False, **options), distilled=True)
+    model = PolypDiFoM(create_student(name, pretrained=False, **options), 'paper')
     save_model(model, tmp_path/'model.safetensors')
     again = load_model(tmp_path/'model.safetensors')
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))

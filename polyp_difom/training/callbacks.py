@@ -57,7 +57,7 @@ def phase_restarts(
     ends, peaks = np.cumsum(epochs), lr if isinstance(lr, (tuple, list)) else [lr]*len(epochs)
     cycles = [combined_cos(pct_start, peak/25, peak, peak/1e5) for peak in peaks]
     def rate(done): # share of the whole training
-        epoch = min(done*ends[-1], ends[-1] - 1e-9)
+        epoch = min(done*ends[-1] + 1e-9, ends[-1] - 1e-9) # round-off must not fall back into the phase before
         phase = int(np.searchsorted(ends, epoch, side='right'))
         return cycles[phase]((epoch - ends[phase])/epochs[phase] + 1)
     return ParamScheduler(dict(lr=rate))
