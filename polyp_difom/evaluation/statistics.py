@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import nct, t as student_t, wilcoxon
+from scipy.stats import nct, norm, t as student_t, wilcoxon
 
 from ..core import InputError, atomic_path, file_hash, name_some, parallel_map
 from ..data.images import read_image
@@ -178,7 +178,8 @@ def seeds_needed(
 ): # int from 2; None if more than `most` are
     "Seeds with which a paired t-test finds an effect of this size."
     if not effect: return None
-    for n in range(2, most + 1):
+    least = ((norm.ppf(1 - alpha/2) + norm.ppf(power))*sd/effect)**2
+    for n in range(max(2, int(min(least, most + 1))), most + 1):
         limit, shift = student_t.ppf(1 - alpha/2, n - 1), abs(effect)/max(sd, 1e-12)*np.sqrt(n)
         if shift > 30 or nct.sf(limit, n - 1, shift) >= power: return n
 
