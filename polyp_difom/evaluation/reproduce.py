@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, find_device, is_whole, name_some, nearest, parse_spec, printable
+from ..core import InputError, atomic_path, find_device, is_whole, name_some, nearest, parse_spec, printable, read_options
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +22,8 @@ from ..weights import save_tensors
 from ..data.images import test_sets
 from ..features.extract import extract
 from ..students.blocks import count_params_macs
+from ..targets.latent import TargetConfig
+from ..training.learner import TrainConfig
 from ..training.runs import resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
@@ -129,7 +131,7 @@ _stores = ('adapted', 'random', 'filterbank')
 
 def _make_store(name:str, recipe:Recipe, sources:Sources, out:Path, device) -> Path:
     "A feature store of the training frames and of those without labels."
-    spec = {'adapted': f'adapted={out/"teacher"}', 'random': sources.backbone and _random_backbone(sources.backbone, out), 'filterbank': 'filterbank'}[name]
+    spec = {'adapted': lambda: f'adapted={out/"teacher"}', 'random': lambda: _random_backbone(sources.backbone, out), 'filterbank': lambda: 'filterbank'}[name]()
     for images in filter(None, (sources.data, sources.unlabelled if recipe.unlabelled == 'frames' else None)): extract(images, [spec], out/'features'/name, device=device, verify=False)
     return out/'features'/name
 
@@ -215,6 +217,10 @@ def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     if parse_spec(options['student'])[0] in ('unet', 'unetpp'): options.pop('pretrained', None)
     return options | dict(seed=job.seed)
 
+def _check_options(job:Job):
+    "Raise `InputError` for an option that `train` does not have."
+    read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')}, TargetConfig, TrainConfig)
+
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, device) -> dict:
     "Train, or go on; score; write the result."
     run, start = out/'runs'/job.place, time.perf_counter()
@@ -281,7 +287,7 @@ def reproduce(
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
     _sets(sources)
-    for job in jobs: _is_done(job, recipe, out)
+    for job in jobs: _check_options(job), _is_done(job, recipe, out)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
@@ -292,7 +298,7 @@ def reproduce(
 def _report(recipe:Recipe, sources:Sources, out:Path) -> dict:
     "The report of what is there."
     duplicates = {name: found for name, pairs in _sets(sources).items() if (found := find_duplicates([pair.image for pair in pairs]))}
-    return write_report(read_results(out/'results'), out/'report', Design(base=recipe.twin), duplicates=duplicates)
+    return write_report(read_results(out/'results'), out/'report', Design(twin=recipe.twin), duplicates=duplicates)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #84490fe1
 def _start_worker(*given):
