@@ -198,8 +198,8 @@ def targets(given, earlier):
     seconds = time.perf_counter() - start
     build = earlier.get('build') if made.path in before else dict(seconds=round(seconds, 1), images_per_s=round(len(images)/seconds, 1))
     rate = on_one_core(read_targets, given.features, images, 1)
-    return dict(images=len(images), teachers=store.teachers, target=list(made.array.shape[1:]), build=build, explained_variance=made.settings['explained'],
-                read_images_per_s=round(rate, 1), goal=300, MB_an_image=round(bytes_below(made.path/'targets')/len(images)/1e6, 4), raw_MB_an_image=made[0].nbytes/1e6,
+    return dict(images=len(images), teachers=store.teachers, target=[list(part.shape) for part in made[0]], build=build, explained_variance=made.settings['explained'],
+                read_images_per_s=round(rate, 1), goal=300, MB_an_image=round(bytes_below(made.path/'targets')/len(images)/1e6, 4), raw_MB_an_image=sum(part.nbytes for part in made[0])/1e6,
                 note='random order, one core for all threads, files in the page cache, turned to float32; median of four passes')
 
 

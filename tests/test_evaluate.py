@@ -108,7 +108,8 @@ def test_empty_masks_are_scored_and_counted(run, tests):
     assert [scores['empty'] for scores in report['sets'].values()] == [0, 1]
     assert '1 of 6 frames hold no polyp' in report_note(report) and report_note(report) in report_markdown(report)
     scores = pd.read_csv(run/'evaluation/Two.csv', index_col='image').loc['c.png']
-    assert scores['mDice'] == 0 and scores['Dice_05'] in (0, 1)
+    assert scores['mDice'] == 0 and scores['Dice_05'] in (0, 1) and (scores['area'], scores['polyps'], scores['found']) == (0, 0, 0)
+    assert pd.read_csv(run/'evaluation/Two.csv', index_col='image').loc['a.png', 'polyps'] == 1
 
 
 # --- results that stay whole

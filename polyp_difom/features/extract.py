@@ -88,11 +88,13 @@ def _read_ahead(
         yield [job for job, _ in good], torch.stack([image for _, image in good]) if good else None, [x for x in loaded if isinstance(x, InputError)]
 
 # %% ../../nbs/03_features/02_extract.ipynb #3235f1a3
-def _look(teacher:Teacher, images) -> np.ndarray: # (B, C, h, w) float16
-    "The teacher's maps of a batch."
-    device = teacher.mean.device
-    parts = images.split(1 if device.type == 'cpu' else len(images))
-    return torch.cat([teacher(part.to(device).float()/255).half().cpu() for part in parts]).numpy()
+def _look(teacher:Teacher, batch:list, images) -> np.ndarray: # list of `Job`, (B, 3, S, S) uint8 -> (B, C, h, w) float16
+    "The maps of a batch, each by the teacher that its image has."
+    device, chosen, maps = teacher.mean.device, [teacher.choose(job.digest) for job in batch], {}
+    groups = [[i for i, one in enumerate(chosen) if one is other] for other in dict.fromkeys(chosen)]
+    if device.type == 'cpu': groups = [[i] for i in range(len(batch))]
+    for group in groups: maps |= zip(group, chosen[group[0]](images[group].to(device).float()/255).half().cpu())
+    return torch.stack([maps[i] for i in range(len(batch))]).numpy()
 
 # %% ../../nbs/03_features/02_extract.ipynb #6742e089
 def write_maps(
@@ -106,7 +108,7 @@ def write_maps(
         writing = []
         for batch, images, errors in _read_ahead(pool, work, teacher.size, batch_size):
             start = time.perf_counter()
-            maps = _look(teacher, images) if batch else ()
+            maps = _look(teacher, batch, images) if batch else ()
             inside, finite = time.perf_counter() - start, [np.isfinite(one).all() for one in maps]
             errors += [InputError(f'{job.image}: teacher {teacher.name} gives values beyond half precision') for job, good in zip(batch, finite) if not good]
             for future in writing: future.result()

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..core import DamagedError, InputError, check_number, damage_error, disk_full_error, file_hash, is_number, is_whole, nearest, parallel_map, unwritable_error
+from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, is_number, is_whole, nearest, parallel_map, unwritable_error
 from ..features.store import FeatureStore, new_array, open_group
 from .frequency import pads, split_frequency, splits
 from .predictability import held_out_errors, image_features, predictable

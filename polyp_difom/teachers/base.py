@@ -84,6 +84,14 @@ def provenance(self:Teacher) -> dict:
     return dict(teacher=self.name, revision=weights_hash(self), size=self.size,
                 mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), **self.settings)
 
+# %% ../../nbs/02_teachers/01_base.ipynb #b40255fb
+@patch
+def choose(self:Teacher,
+    digest:bytes # `file_hash` of an image
+) -> Teacher:
+    "The teacher of this image; its maps have the same shape, whichever it is."
+    return self
+
 # %% ../../nbs/02_teachers/01_base.ipynb #d9806e7b
 teacher_registry = {}
 

@@ -28,6 +28,7 @@ _rows = [
     ('ijepa', 'patch tokens after last norm', 1280, 14, 224, 'facebook/ijepa_vith14_1k', 2523, 'CC-BY-NC-4.0'),
     ('hf/…', 'last hidden state', None, None, None, 'any vision backbone of transformers', None, 'its own'),
     ('timm/…', 'last two feature maps', None, None, None, 'any network of timm', None, 'its own'),
+    ('adapted', 'soft mask, maps of the decoder', None, 4, None, 'folder of `polyp-difom adapt`', None, 'its own'),
     ('filterbank', 'oriented filters, no weights', 63, 8, 256, None, None, 'Apache-2.0'),
 ]
 

@@ -6,7 +6,7 @@
 __all__ = ['list_teachers', 'create_teacher']
 
 # %% ../../nbs/02_teachers/08_registry.ipynb #e92b2dbb
-import inspect, re
+import importlib, inspect, re
 from functools import partial
 
 import polyp_difom.teachers.filterbank # each import registers its teachers
@@ -20,15 +20,18 @@ from .pretrained import teacher_table
 from .timm import timm_options
 
 # %% ../../nbs/02_teachers/08_registry.ipynb #13fd7273
+_elsewhere = {'adapted': 'polyp_difom.training.adapt'} # teacher -> module that registers it
+
 def list_teachers() -> list: # names and families
     "What `create_teacher` knows."
-    return sorted(teacher_registry)
+    return sorted({*teacher_registry, *_elsewhere})
 
 # %% ../../nbs/02_teachers/08_registry.ipynb #bec33504
 def _family(name:str) -> str:
     "The registry's name for it. Raises `InputError` for an unknown one."
     family = name.split('/')[0] + '/' if '/' in name else name
-    if family not in teacher_registry: raise InputError(f'unknown teacher {name}; {nearest(name, teacher_registry)}')
+    if family in _elsewhere: importlib.import_module(_elsewhere[family])
+    if family not in teacher_registry: raise InputError(f'unknown teacher {name}; {nearest(name, list_teachers())}')
     return family
 
 def teacher_options(

@@ -20,10 +20,13 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..weights import read_tensors, save_tensors
+from ..data.augment import augmentations
 from ..data.images import to_picture
+from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
+from .teaching import HeadroomWatch
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
 class DifomLearner(Learner):
@@ -32,10 +35,12 @@ class DifomLearner(Learner):
 def _check_parts(dls, model, distill):
     "Raises `InputError` for loaders, a model and a distillation that do not fit together."
     if not isinstance(model, PolypDiFoM): raise InputError(f'model {type(model).__name__}: wrap the student as PolypDiFoM(student)')
-    with_targets = len(dls.train.dataset[0]) > 2
-    if distill and not model.distilled: raise InputError('distill: the model has no latents; make it with PolypDiFoM(student, distilled=True)')
-    if distill and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
-    if with_targets and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
+    held = taught(dls.train)
+    with_targets = {'l1', 'l2'} & {*held}
+    if held and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
+    if with_targets and not model.distilled: raise InputError("distill: the model has no latents; make it with PolypDiFoM(student, latents='free')")
+    if distill and model.distilled and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
+    if distill and not (held or distill.soft): raise InputError('distill: the training part has neither targets nor soft masks; make it with PolypDataset(pairs, size, targets, soft=…)')
 
 # %% ../../nbs/07_training/03_learner.ipynb #21cd5d3a
 def _check_metrics(metrics):
@@ -56,7 +61,7 @@ def difom_learner(
     _check_parts(dls, model, distill)
     _check_metrics(metrics)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
-    watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None))] if distill else []
+    watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None)), HeadroomWatch()] if distill else []
     return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 
 # %% ../../nbs/07_training/03_learner.ipynb #478323da
@@ -111,20 +116,17 @@ _allowed = { # field -> what to give, and whether a value is that
     'epochs': ('three whole numbers, one for each phase, and not 0 for all', lambda v: len(v) == 3 and all(map(is_whole, v)) and sum(v) > 0),
     'batch_size': ('a whole number from 1', lambda v: is_whole(v, 1)),
     'lr': ('a number above 0, as 1e-4', lambda v: is_number(v) and v > 0),
-    'schedule': ('constant, one-cycle or restart', lambda v: v in ('constant', 'one-cycle', 'restart')),
+    'schedule': ('constant or one-cycle', lambda v: v in ('constant', 'one-cycle')),
     'labels': ('a share above 0 and up to 1, as 0.2', lambda v: is_number(v) and 0 < v <= 1),
     'select': ('best or last', lambda v: v in ('best', 'last')),
     'valid': ('a share between 0 and 1, as 0.1', lambda v: is_number(v) and 0 < v < 1),
+    'fold': ('two numbers, which fold of how many is left out, as 1 5', lambda v: v is None or len(v) == 2 and is_whole(v[1], 2) and is_whole(v[0], 1, v[1])),
     'seed': ('a whole number from 0', is_whole),
     'allow_empty': ('True or False', lambda v: isinstance(v, bool)), 'mutation': ('True or False', lambda v: isinstance(v, bool)),
     'augment': (', '.join(augmentations), lambda v: v in augmentations),
     'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: v is None or len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
     'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
     'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
-    'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
-    'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),
-    'shuffled': ('True or False', lambda v: isinstance(v, bool)), 'refresh': ('a whole number from 0', is_whole),
-    'ratio': ('a share between 0 and 1, as 0.5', lambda v: is_number(v) and 0 < v < 1),
     'precision': ('bf16 or fp32', lambda v: v in (None, 'bf16', 'fp32'))}
 
 # %% ../../nbs/07_training/03_learner.ipynb #b22b1ed8
@@ -135,10 +137,11 @@ class TrainConfig:
     epochs:tuple=(40, 40, 40) # of phases I, II and III
     batch_size:int=16 # images a step
     lr:float=1e-4 # of Adam; the peak with `schedule='one-cycle'`
-    schedule:str='constant' # `constant`, `one-cycle` over all phases, or `restart`: one-cycle in each phase
+    schedule:str='constant' # `constant`, or `one-cycle`
     labels:float=1. # share of the training images whose masks are used
     valid:float=0.1 # share of these held out to choose the epoch by, whole sequences at a time
     select:str='best' # the epoch that is kept: best on the validation part, or last
+    fold:tuple=None # (k, n): the k-th of n folds of these is left out, of both parts
     seed:int=0 # of split, weights, shuffling, augmentation
     allow_empty:bool=False # accept frames without polyp
     augment:str='paper' # of images, masks and targets: none, paper or strong, see `data.augment`
@@ -149,34 +152,12 @@ class TrainConfig:
     precision:str=None # bf16 or fp32; the faster on the device if None
     distance:str='mse' # of latents to targets, a name of `latent_losses` or any callable
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
-    latents:str='paper' # at the bottleneck, feeding the decoder; or `free`: heads in training only, HFC at the stage that holds it
-    high_at:str='decoder' # or `encoder`: where HFC is learnt with `latents='free'`
-    balance:str='fixed' # weights as they are, or `gradient`: shares of the segmentation loss's gradient
-    warm_heads:bool=False # in phase I the heads learn on detached features
-    ramp:int=0 # epochs over which the weights of L1, L2 and soft masks rise, from the start of phase II
-    freeze:bool=None # the encoder in phase III; if None a distilled student's only, as in the paper
-    supervised_last:bool=False # phase III learns from labels alone
-    soft_masks:bool=None # learn from an adapted teacher's masks; if None where the store has them
-    soft_weight:float=1. # of their loss
-    soft_loss:str='bce-dice' # or `logit-mse`
-    soft_on:str='unlabelled' # frames that learn from them, or `all`
-    confident:bool=False # weigh soft masks by |2p - 1|
-    ratio:float=0.5 # share of a batch without labels, where there are such frames
-    refresh:int=0 # every so many epochs soft masks are mixed with those of the student's moving average; 0 for never
-    shuffled:bool=False # targets and soft masks of other images: a control
 
     def __post_init__(self):
-        for name in ('epochs', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
+        for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
-            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at") else "give"} {allowed}')
-        self.distillation(soft=True)
-
-    def distillation(self,
-        soft:bool # are there soft masks?
-    ) -> Distillation:
-        "The callback of a run."
-        same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
-        return Distillation(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
+            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select") else "give"} {allowed}')
+        Distillation(self.lambdas, self.distance)
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
 presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False)}
