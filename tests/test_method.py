@@ -214,15 +214,15 @@ def test_a_balanced_weight_is_a_share_of_the_gradient(data):
         def after_loss(self):
             if self.iter or self.epoch: return
             told = self.learn.distillation
-            self.seg, self.l1, self.deepest = self.loss_grad, latent_loss(told.latents[0], told.extras['low']), told.deepest
+            self.seg, self.l1, self.deepest = self.loss_grad, latent_loss(told.outputs[0], told.extras['low']), told.deepest
             norm = lambda loss: torch.autograd.grad(loss, self.deepest, retain_graph=True)[0].norm().item()
-            self.norms = norm(self.seg), norm(self.l1)
+            self.found = norm(self.seg), norm(self.l1)
     class First(Callback):
         run_valid = False
         def after_loss(self):
             if not (self.iter or self.epoch): self.used = self.learn.distillation.weights()
     learn = fit(learner(data, Distillation((1, .3, .2), soft=.4, balance='gradient'), Norms(), First()), 1)
-    seg, l1 = learn.norms.norms
+    seg, l1 = learn.norms.found
     assert learn.first.used['l1']*l1 == pytest.approx(.3*seg, rel=1e-3)
     assert set(learn.distillation.ratios) == {'l1', 'l2', 'soft'} and {'weight_l1', 'weight_soft'} <= set(learn.recorder.metric_names)
 

@@ -57,7 +57,7 @@ def phase_restarts(
     ends, peaks = np.cumsum(epochs), lr if isinstance(lr, (tuple, list)) else [lr]*len(epochs)
     cycles = [combined_cos(pct_start, peak/25, peak, peak/1e5) for peak in peaks]
     def rate(done): # share of the whole training
-        epoch = min(done*ends[-1] + 1e-9, ends[-1] - 1e-9) # round-off must not fall back into the phase before
+        epoch = min(round(done*ends[-1], 9), ends[-1] - 1e-9) # round-off must not fall back into the phase before
         phase = int(np.searchsorted(ends, epoch, side='right'))
         return cycles[phase]((epoch - ends[phase])/epochs[phase] + 1)
     return ParamScheduler(dict(lr=rate))
@@ -137,7 +137,7 @@ def before_fit(self:Distillation):
     self.columns = ('seg', *taught, *(f'weight_{name}' for name in taught if self.balance == 'gradient'))
     TrainColumns.before_fit(self)
     self.remove_handles()
-    hear = lambda module, inputs, output: self.__dict__.update(read=inputs, latents=output)
+    hear = lambda module, inputs, output: self.__dict__.update(read=inputs, outputs=output)
     self.handles = [self.model.bottleneck.register_forward_hook(lambda module, inputs, output: self.__dict__.update(deepest=output))]
     if latents: self.handles.append(self.model.latents.register_forward_hook(hear))
 
@@ -152,7 +152,7 @@ def after_fit(self:Distillation): TrainColumns.after_fit(self); self.remove_hand
 @patch
 def before_batch(self:Distillation):
     mask, *extras = self.yb or (None,)
-    self.extras, self.latents, self.pairs = read_extras(extras), None, {}
+    self.extras, self.outputs, self.pairs = read_extras(extras), None, {}
     if extras: self.learn.yb = (mask,)
     self.labelled = int((self.extras['labelled'] > .5).sum()) if 'labelled' in self.extras else len(self.x)
 
@@ -168,7 +168,7 @@ def after_pred(self:Distillation):
 def align(self:Distillation):
     "Latents beside their targets."
     coverage, parts = self.model.coverage(*self.x.shape[-2:]), dict(l1='low', l2='high')
-    self.pairs = {name: align_latent(latent, self.extras[part], coverage) for latent, (name, part) in zip(self.latents or (), parts.items()) if part in self.extras}
+    self.pairs = {name: align_latent(latent, self.extras[part], coverage) for latent, (name, part) in zip(self.outputs or (), parts.items()) if part in self.extras}
 
 @patch
 def terms(self:Distillation) -> dict: # name -> scalar
@@ -185,7 +185,7 @@ def warm(self:Distillation):
     "L1 and L2 once more, of maps that no gradient passes."
     model = self.model
     with torch.autocast(self.x.device.type, torch.bfloat16, enabled=model.precision == 'bf16'):
-        self.latents = model.latents.forward(*(part.detach() for part in self.read)) # `forward`: no hook hears it
+        self.outputs = model.latents.forward(*(part.detach() for part in self.read)) # `forward`: no hook hears it
 
 @patch
 def after_loss(self:Distillation):
