@@ -355,12 +355,14 @@ def _reproduce(
     seeds:Annotated[Optional[List[int]], typer.Option(help='Some seeds, instead of the recipe\'s. May be given several times.', min=0)]=None,
     students:Annotated[Optional[List[str]], typer.Option(help='Some of the recipe\'s students. May be given several times.')]=None,
     arms:Annotated[Optional[List[str]], typer.Option(help='Some of its arms. May be given several times.')]=None,
+    json_file:Annotated[Optional[Path], typer.Option('--json', help='Keep the summary there, too, with the Dice of every image beside it; an earlier one is replaced.')]=None,
     workers:Annotated[Optional[int], typer.Option(help='Runs at a time; one for each core on a CPU, else one.', min=1)]=None,
     device:Annotated[Optional[str], typer.Option(help='cuda, cpu …; the fastest there is by default.')]=None,
 ):
     "Make the runs of a comparison, arms that differ in one thing each, and report them with intervals."
     from polyp_difom.evaluation.reproduce import reproduce
-    summary = reproduce(recipe, data, out, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
+    if json_file: _check_json(json_file, True)
+    summary = reproduce(recipe, data, out, record=json_file, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
     _say(summary['verdict'])
     _say(f'report: {out/"report"/"report.md"}')
 

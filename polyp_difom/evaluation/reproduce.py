@@ -6,9 +6,9 @@
 __all__ = ['Recipe', 'list_recipes', 'read_recipe', 'Job', 'list_jobs', 'Sources', 'reproduce']
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #fd994bbf
-import json, os, platform, re, subprocess, sys, time
+import json, os, platform, re, shlex, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import score_set, set_result
 from .report import write_report
-from .statistics import Design, find_duplicates, read_results
+from .statistics import Design, find_duplicates, read_results, write_summary
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -279,6 +279,7 @@ def reproduce(
     seeds=None, students=None, arms=None, # some of the recipe's
     device=None, # the fastest there is if None
     workers:int=None, # processes; one for each core on a CPU, else one
+    record=None, # JSON file for the summary, with the Dice of every image in NAME.images.json.gz beside it
     say=print # what hears of each finished run
 ) -> dict: # summary of all results, see `write_report`
     "Make the runs of a recipe that are not made yet, and report all of them. Raises `InputError` before anything is made if something is missing."
@@ -292,9 +293,16 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
     _share_work(recipe, sources, jobs, out, device, workers, say)
-    return _report(recipe, sources, out)
+    summary = _report(recipe, sources, out)
+    if record: write_summary(dict(command=_command(recipe, sources, out)) | summary, read_results(out/'results'), record)
+    return summary
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
+def _command(recipe:Recipe, sources:Sources, out:Path) -> str:
+    "What makes a grid, or goes on with it."
+    options = [('test', test) for test in sources.tests] + [(name, value) for name in ('unlabelled', 'backbone', 'features') if (value := getattr(sources, name))]
+    return printable(shlex.join(['polyp-difom', 'reproduce', recipe.name, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
+
 def _report(recipe:Recipe, sources:Sources, out:Path) -> dict:
     "The report of what is there."
     duplicates = {name: found for name, pairs in _sets(sources).items() if (found := find_duplicates([pair.image for pair in pairs]))}
