@@ -30,7 +30,7 @@ SHORT = dict(student='unet,width=4', size=64, epochs=(1, 1, 1), batch_size=4, va
 @pytest.fixture(scope='module')
 def adapted(data, tmp_path_factory):
     "A backbone that has seen the task for a moment."
-    return adapt(data, tmp_path_factory.mktemp('adapted')/'teacher', backbone='timm/mobilenetv2_050,width=8', pretrained=False, size=64, epochs=1, steps=2, batch_size=4, device='cpu')
+    return adapt(data, tmp_path_factory.mktemp('adapted')/'teacher', backbone='timm/test_efficientnet,pretrained=False,width=8', size=64, epochs=1, steps=2, batch_size=4, device='cpu')
 
 
 @pytest.fixture(scope='module')
@@ -210,7 +210,7 @@ def test_another_live_teacher_is_refused(data, adapted, frames, tmp_path):
     own = shutil.copytree(adapted, tmp_path/'teacher')
     with pytest.raises(KeyboardInterrupt): train(data, tmp_path/'run', unlabelled=frames, live_teacher=f'adapted={own}', cbs=[Stop()], **SHORT)
     shutil.rmtree(own)
-    adapt(data, own, backbone='timm/mobilenetv2_050,width=8', pretrained=False, size=64, epochs=1, steps=1, batch_size=4, seed=1, device='cpu')
+    adapt(data, own, backbone='timm/test_efficientnet,pretrained=False,width=8', size=64, epochs=1, steps=1, batch_size=4, seed=1, device='cpu')
     with pytest.raises(InputError, match='cannot be resumed with other data.*live teacher'): resume(tmp_path/'run', device='cpu')
 
 
