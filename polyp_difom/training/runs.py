@@ -50,6 +50,10 @@ def _settings_digest(out:Path) -> str:
     return bytes_hash(json.dumps(settings, sort_keys=True).encode()).hex()
 
 # %% ../../nbs/07_training/04_runs.ipynb #a708939f
+def _eligible(rows:list) -> list: # of the log
+    "The epochs that one is chosen among: those of phases II and III, as soon as there are any."
+    return [row for row in rows if row['phase'] > 1] or rows
+
 class Checkpoint(Callback):
     "Write `log.csv`, `best.safetensors` and `last.safetensors` after every epoch; beside an `EpochLog`."
     order, remove_on_fetch = 62, True
@@ -66,7 +70,7 @@ class Checkpoint(Callback):
         self.written = len(rows)
         with disk_full_error(self.out, f'the checkpoint of the epoch before is kept; free space and go on with: {_resume_command(self.out)}'):
             with atomic_path(self.out/'log.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
-            if self.select == 'last' or rows[-1][self.rank] >= max(row[self.rank] for row in rows): save_model(self.model, self.out/'best.safetensors')
+            if self.select == 'last' or rows[-1][self.rank] >= max(row[self.rank] for row in _eligible(rows)): save_model(self.model, self.out/'best.safetensors')
             save_tensors(learner_tensors(self.learn), self.out/'last.safetensors', dict(rows=rows, settings=self.digest))
 
 def _resume_command(out) -> str: return f'polyp-difom train --resume {shlex.quote(printable(out))}'
@@ -333,6 +337,11 @@ def read_log(
     return log
 
 # %% ../../nbs/07_training/04_runs.ipynb #9dd403ab
+def _kept_epoch(log:pd.DataFrame, select:str='best') -> pd.Series:
+    "The epoch that `Checkpoint` kept: of equals the last."
+    rows = _eligible(log.to_dict('records'))
+    return pd.Series(rows[-1] if select == 'last' else max(rows[::-1], key=lambda row: row['valid_dice']))
+
 def draw_log(
     log:pd.DataFrame # as from `read_log`
 ) -> Figure:
@@ -342,7 +351,7 @@ def draw_log(
     for axis, names in zip(figure.subplots(1, len(panels)), panels):
         log.plot(x='epoch', y=names, ax=axis, marker='.')
         for end in log.epoch[log.phase.diff(-1) < 0]: axis.axvline(end + .5, color='gray', ls=':')
-    best = log.loc[log.valid_dice[::-1].idxmax()] # of equals the last, as `Checkpoint`
+    best = _kept_epoch(log)
     axis.plot(best.epoch, best.valid_dice, 'o', color='C0', ms=8)
     return figure
 
@@ -351,7 +360,7 @@ def _close(out:Path):
     "Draw the curves, and add to `config.json` what came of the run."
     if not (out/'log.csv').exists(): return
     log, config = read_log(out), json.loads((out/'config.json').read_text())
-    best = log.loc[log.valid_dice[::-1].idxmax()]
+    best = _kept_epoch(log, config['settings']['select'])
     _write_config(out, config | dict(ended=time.strftime('%Y-%m-%d %H:%M:%S'), seconds=round(log.seconds.sum(), 1), finished_epochs=len(log),
                                      best_epoch=int(best.epoch), best_dice=round(float(best.valid_dice), 4)))
     with disk_full_error(out), atomic_path(out/'curves.png') as path: draw_log(log).savefig(path, format='png', dpi=80)
