@@ -129,14 +129,15 @@ _allowed = { # field -> what to give, and whether a value is that
     'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
     'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
     'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),
-    'shuffled': ('True or False', lambda v: isinstance(v, bool)), 'refresh': ('a whole number from 0', is_whole),
+    **dict.fromkeys(('shuffled', 'warm_heads', 'supervised_last', 'confident'), ('True or False', lambda v: isinstance(v, bool))), 'refresh': ('a whole number from 0', is_whole),
+    'mixup': ('a number from 0', lambda v: is_number(v, 0)),
     'ratio': ('a share between 0 and 1, as 0.5', lambda v: is_number(v) and 0 < v < 1),
     'precision': ('bf16 or fp32', lambda v: v in (None, 'bf16', 'fp32'))}
 
 # %% ../../nbs/07_training/03_learner.ipynb #b22b1ed8
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a student is trained; the defaults are the paper's. Raises `InputError` for a value that cannot be."
+    "How a student is trained; the defaults are the paper's, `train` has presets. Raises `InputError` for a value that cannot be."
     size:int=352 # training size in pixels
     epochs:tuple=(40, 40, 40) # of phases I, II and III
     batch_size:int=16 # images a step
@@ -178,6 +179,7 @@ class TrainConfig:
         for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
             if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at") else "give"} {allowed}')
+        if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
         self.distillation(soft=True)
 
     def distillation(self,
