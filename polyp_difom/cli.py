@@ -201,7 +201,7 @@ def _train(
     context:typer.Context,
     data:Annotated[Optional[Path], typer.Argument(help='Data set; see the last panel for its layout.')]=None,
     out:Annotated[Optional[Path], _option('Folder of the run.', _BASIC)]=None,
-    student:Annotated[str, _option('unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b]; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].', _BASIC)]='unet',
+    student:Annotated[str, _option('unet, unetpp, pranet, emcadnet, timm-unet, or [b]smp/Architecture-encoder[/b]; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].', _BASIC)]='unet',
     features:Annotated[Optional[str], _option('Feature store of [b]extract[/b], folder or address. Without it the undistilled baseline is trained.', _BASIC)]=None,
     size:Annotated[int, _option('Training size in pixels.', _BASIC)]=352,
     preset:Annotated[str, _option('What is not given otherwise: best (what our evidence supports) or paper (the paper to the letter).', _BASIC)]='best',
