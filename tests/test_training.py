@@ -24,7 +24,7 @@ from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import PolypDiFoM, amp_dtype, load_model, predict, predict_logits, save_model
 from polyp_difom.students.registry import create_student
-from polyp_difom.targets.latent import build_targets
+from polyp_difom.targets.latent import TargetConfig, build_targets, paper_targets
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, StopOnDivergence, TargetCollapse, TargetWatch, adam,
                                             dice_score)
 from polyp_difom.training.learner import TrainConfig, difom_learner
@@ -38,7 +38,7 @@ SHORT = dict(preset='paper', student='unet,width=4', size=64, epochs=(1, 1, 1), 
 def parts_of(data, features=None, size=64, model=None):
     "Loaders over sixteen frames, with targets where there are features."
     train_part, valid_part = split_pairs(train_pairs(data), 0.25)
-    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.target_grids(size), model.latents.channels)
+    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.target_grids(size), model.latents.channels, TargetConfig(**paper_targets))
     return polyp_dataloaders(PolypDataset(train_part, size, targets), PolypDataset(valid_part, size), 4, (1.,), torch.device('cpu'))
 
 
