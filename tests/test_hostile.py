@@ -72,7 +72,7 @@ def good(tmp_path_factory):
 def good_run(good, tmp_path_factory):
     "A run of `good`. Not to be changed."
     from polyp_difom.training.runs import train
-    return train(good, tmp_path_factory.mktemp('good_run')/'run', size=32, width=2, epochs=(1, 0, 0), batch_size=4, valid=.25, device='cpu')
+    return train(good, tmp_path_factory.mktemp('good_run')/'run', preset='paper', size=32, width=2, epochs=(1, 0, 0), batch_size=4, valid=.25, device='cpu')
 
 
 # ---- pictures
