@@ -90,7 +90,7 @@ def test_broken_image_is_named_after_the_rest_is_done(fails, own_data, tmp_path)
 def test_features_of_other_images(fails, features, tmp_path):
     other = make_synthetic(tmp_path/'other', n_train=4, n_test=1, seed=5, size=(96, 120))
     line = fails('train', other, '--features', features, *SHORT, '--out', tmp_path/'run')
-    assert 'another data set' in line and 'for 3 of 3 images' in line
+    assert 'another data set' in line and 'for 4 of 4 images' in line
     assert not (tmp_path/'run').exists()
 
 

@@ -24,7 +24,7 @@ from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import read_run
 from safetensors.torch import load_file, save_file
 
-TINY = ['--size', '32', '--width', '2', '--epochs', '1', '0', '0', '--batch-size', '4', '--valid', '0.25', '--device', 'cpu']
+TINY = ['--preset', 'paper', '--size', '32', '--width', '2', '--epochs', '1', '0', '0', '--batch-size', '4', '--valid', '0.25', '--device', 'cpu']
 SECONDS = 30 # after which a command hangs
 
 

@@ -270,7 +270,7 @@ def test_the_command_repeats_the_run(data, store, frames, tmp_path, polyp_difom)
 
 
 def test_words_of_a_command():
-    words = lambda **options: shlex.split(_command('d', 'r', 'unet', 's', **options))[6:-2]
+    words = lambda **options: shlex.split(_command('d', 'r', 'unet', 's', **options))[7:-2]
     assert words(soft_masks=False, warm_heads=True) == ['--no-soft-masks', '--warm-heads']
     assert words(held_out=('a', 'b'), teacher=('x', 'y')) == ['--held-out', 'a', '--held-out', 'b', '--teacher', 'x', '--teacher', 'y']
     for options in (dict(freeze=None), dict(fold=(1, 5)), dict(scales=(1, 2))): assert _command('d', 'r', 'unet', 's', **options).startswith("train('d', 'r', unet, features='s'"), options

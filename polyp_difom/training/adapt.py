@@ -124,6 +124,7 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
 # %% ../../nbs/07_training/05_adapt.ipynb #3896af96
 class FeatureDecoder(nn.Module):
     "Maps of frozen teachers -> logits (B, 1, size, size)."
+    kind = None # it has no latents, as `PolypDiFoM.kind` says
     def __init__(self,
         channels:list, # of each teacher's map
         size:int=256, # of the mask, in pixels; a multiple of 4
