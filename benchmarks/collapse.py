@@ -38,7 +38,7 @@ def train(arm, train_pairs, valid_pairs, store, given):
         targets, distillation = build_targets(store, images, model.target_grids(size), model.latents.channels), Distillation()
     else:
         targets, distillation = RawMaps(store, images), PublishedDistillation()
-        model.teacher_fusion = TrainableFusion(len(targets[0]), model.latents.channels)
+        model.teacher_fusion = TrainableFusion(len(targets[0][0]), model.latents.channels)
     dls = polyp_dataloaders(PolypDataset(train_pairs, size, targets), PolypDataset(valid_pairs, size), 16, (1.,), torch.device('cpu'))
     model.precision = amp_dtype(torch.device('cpu'))
     learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score,

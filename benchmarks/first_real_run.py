@@ -15,7 +15,7 @@ from common import RESULTS, main, processor, versions
 from polyp_difom.evaluation.report import published
 
 ARMS = ('distilled', 'undistilled')
-TRAIN = '--student unet --width 16 --size 128 --epochs 6 6 6 --batch-size 16 --lr 2e-3 --schedule one-cycle --seed 0'
+TRAIN = '--preset paper --student unet --width 16 --size 128 --epochs 6 6 6 --batch-size 16 --lr 2e-3 --schedule one-cycle --seed 0'
 
 
 def commands(data, weights, out):

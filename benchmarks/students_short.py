@@ -12,7 +12,7 @@ import os
 
 from common import main, processor, versions
 
-BUDGET = '--size 128 --epochs 1 1 1 --batch-size 16 --lr 1e-3 --schedule one-cycle --seed 0'
+BUDGET = '--preset paper --size 128 --epochs 1 1 1 --batch-size 16 --lr 1e-3 --schedule one-cycle --seed 0'
 STUDENTS = {'unet': '--width 16', 'unetpp': '--width 8', 'pranet': '--no-pretrained', 'emcadnet': '--no-pretrained'}
 ARMS = ('distilled', 'undistilled')
 

@@ -201,7 +201,7 @@ def _train(
     context:typer.Context,
     data:Annotated[Optional[Path], typer.Argument(help='Data set; see the last panel for its layout.')]=None,
     out:Annotated[Optional[Path], _option('Folder of the run.', _BASIC)]=None,
-    student:Annotated[str, _option('unet, unetpp, pranet, emcadnet, or [b]smp/Architecture-encoder[/b]; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].', _BASIC)]='unet',
+    student:Annotated[str, _option('unet, unetpp, pranet, emcadnet, timm-unet, or [b]smp/Architecture-encoder[/b]; options follow: [b]emcadnet,backbone=pvt_v2_b0[/b].', _BASIC)]='unet',
     features:Annotated[Optional[str], _option('Feature store of [b]extract[/b], folder or address. Without it the undistilled baseline is trained.', _BASIC)]=None,
     size:Annotated[int, _option('Training size in pixels.', _BASIC)]=352,
     preset:Annotated[str, _option('What is not given otherwise: best (what our evidence supports) or paper (the paper to the letter).', _BASIC)]='best',
@@ -212,12 +212,16 @@ def _train(
     resume:Annotated[Optional[Path], _option('Go on with this run, and nothing else is needed. With --epochs a finished run is extended.', _BASIC)]=None,
     device:Annotated[Optional[str], _option('cuda, cpu …; the fastest there is by default.', _BASIC)]=None,
     teacher:Annotated[Optional[List[str]], _option('Which of the store\'s teachers to learn from, all by default. A specification as for extract is held against the store.', _DISTIL)]=None,
-    distance:Annotated[str, _option('Of latents to targets: mse, mse+kl, mse+mae, cosine or relational.', _DISTIL)]='mse',
+    distance:Annotated[str, _option('Of latents to targets: mse, mse+kl, mse+mae, cosine, cosine+smooth-l1, relational, relational-kl or channel-kl.', _DISTIL)]='mse',
     lambdas:Annotated[Tuple[float, float, float], _option('Weights of L_seg, L_L1 and L_L2 from phase II on.', _DISTIL, metavar='X X X')]=(0.6, 0.1, 0.1),
     split:Annotated[str, _option('How targets are split: hard, gaussian, butterworth, dct or square.', _DISTIL)]='hard',
     cutoff:Annotated[float, _option('Where they are split, as a fraction of Nyquist.', _DISTIL, show_default='1/3')]=1/3,
-    standardise:Annotated[str, _option('Of each teacher before projection: none, channel or phi-s.', _DISTIL)]='channel',
+    pad:Annotated[Optional[str], _option('What a Fourier split finds beyond the border: mirror or periodic.', _DISTIL)]=None,
+    standardise:Annotated[Optional[str], _option('Of each teacher before projection: none, channel, layer or phi-s.', _DISTIL)]=None,
     projection:Annotated[str, _option('To the width of the latents: pca, random or none.', _DISTIL)]='pca',
+    components:Annotated[Optional[str], _option('Of the projection: a number, or auto: those that can be predicted from held-out images.', _DISTIL)]=None,
+    antialias:Annotated[Optional[bool], _option('Smooth what a coarser latent grid cannot hold.', _DISTIL, '--antialias/--no-antialias')]=None,
+    unit_variance:Annotated[Optional[bool], _option('Scale LFC and HFC to variance one.', _DISTIL, '--unit-variance/--no-unit-variance')]=None,
     projection_seed:Annotated[int, _option('Of a random projection.', _DISTIL)]=0,
     latents:Annotated[Optional[str], _option('paper: L1 and L2 at the bottleneck, feeding the decoder; free: heads in training only, HFC at the stage that holds it.', _DISTIL)]=None,
     high_at:Annotated[str, _option('With --latents free, where HFC is learnt: decoder or encoder.', _DISTIL)]='decoder',
@@ -230,6 +234,8 @@ def _train(
     soft_on:Annotated[str, _option('Frames that learn from them: unlabelled, or all.', _DISTIL)]='unlabelled',
     confident:Annotated[bool, _option('Weigh soft masks by how sure the teacher is.', _DISTIL, '--confident')]=False,
     ratio:Annotated[float, _option('Share of a batch without labels.', _DISTIL)]=0.5,
+    live_teacher:Annotated[Optional[str], _option('A teacher of masks that looks at the augmented view in every step: [b]adapted=FOLDER[/b]. It costs time; the log says how much.', _DISTIL)]=None,
+    mixup:Annotated[float, _option('With it, how frames without labels are blended: of Beta(MIXUP, MIXUP).', _DISTIL)]=0.,
     refresh:Annotated[int, _option('Every so many epochs soft masks are mixed with those of the student\'s moving average; 0 for never.', _DISTIL)]=0,
     supervised_last:Annotated[bool, _option('Phase III learns from labels alone.', _DISTIL, '--supervised-last')]=False,
     shuffled:Annotated[bool, _option('Targets and soft masks of other images: a control.', _DISTIL, '--shuffled')]=False,
@@ -355,12 +361,14 @@ def _reproduce(
     seeds:Annotated[Optional[List[int]], typer.Option(help='Some seeds, instead of the recipe\'s. May be given several times.', min=0)]=None,
     students:Annotated[Optional[List[str]], typer.Option(help='Some of the recipe\'s students. May be given several times.')]=None,
     arms:Annotated[Optional[List[str]], typer.Option(help='Some of its arms. May be given several times.')]=None,
+    json_file:Annotated[Optional[Path], typer.Option('--json', help='Keep the summary there, too, with the Dice of every image beside it; an earlier one is replaced.')]=None,
     workers:Annotated[Optional[int], typer.Option(help='Runs at a time; one for each core on a CPU, else one.', min=1)]=None,
     device:Annotated[Optional[str], typer.Option(help='cuda, cpu …; the fastest there is by default.')]=None,
 ):
     "Make the runs of a comparison, arms that differ in one thing each, and report them with intervals."
     from polyp_difom.evaluation.reproduce import reproduce
-    summary = reproduce(recipe, data, out, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
+    if json_file: _check_json(json_file, True)
+    summary = reproduce(recipe, data, out, record=json_file, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
     _say(summary['verdict'])
     _say(f'report: {out/"report"/"report.md"}')
 

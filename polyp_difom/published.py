@@ -67,7 +67,7 @@ class TrainableFusion(nn.Conv2d):
 
 # %% ../nbs/11_published.ipynb #07961332
 class RawMaps:
-    "The teachers' maps of a list of images, where `TrainableFusion` makes the targets; `raw[i]` belongs to the i-th."
+    "The teachers' maps of a list of images, where `TrainableFusion` makes the targets; `raw[i]` is that of the i-th, twice: it stands for LFC and for HFC."
     def __init__(self,
         store:FeatureStore,
         images:list # paths, in the order of the training set; `InputError` if the store lacks one
@@ -78,9 +78,9 @@ class RawMaps:
 
     def __len__(self): return len(self.images)
 
-    def __getitem__(self, i): # (sum of C_k, *grid) float32
+    def __getitem__(self, i) -> tuple: # twice (sum of C_k, *grid) float32
         maps = [torch.from_numpy(self.store.read(teacher, self.images[i])).float() for teacher in self.store.teachers]
-        return torch.cat([resize(m, self.grid) for m in maps])
+        return (torch.cat([resize(m, self.grid) for m in maps]),)*2
 
 # %% ../nbs/11_published.ipynb #cfcdd14e
 class PublishedDistillation(Distillation):
@@ -88,7 +88,7 @@ class PublishedDistillation(Distillation):
     name = 'distillation' # where `TargetWatch` looks
     def before_batch(self):
         super().before_batch()
-        if self.training: self.target = [self.model.teacher_fusion(self.target[0].float())]
+        if 'low' in self.extras: self.extras = self.extras | dict(zip(('low', 'high'), self.model.teacher_fusion(self.extras['low'].float()).unbind(1)))
 
 # %% ../nbs/11_published.ipynb #6ef9010e
 class PublishedUNetPlusPlus(UNetPlusPlus):

@@ -28,14 +28,14 @@ def save_pair(folder, name, shape):
 @pytest.mark.parametrize('name, shape', [('strip', (1, 5000)), ('pixel', (1, 1)), ('tower', (3000, 2)), (r'$\frac$', (20, 30)), ('bytes\udcff', (20, 30)), ('esc\x1b[31m\n', (20, 30))])
 def test_any_picture_under_any_name_is_drawn(tmp_path, name, shape):
     pair = save_pair(tmp_path, name, shape)
-    model = PolypDiFoM(create_student('unet', width=2), distilled=False).eval()
+    model = PolypDiFoM(create_student('unet', width=2)).eval()
     for figure in (show_pairs([pair]), show_extremes(model, [pair], [0.5], 32, name)): figure.savefig(tmp_path/'figure.png')
     assert all(axis.get_title().isprintable() for axis in figure.axes)
 
 
 def test_extremes_are_the_extremes(data):
     pairs = list_pairs(data/'TestDataset'/'Synthetic')
-    model = PolypDiFoM(create_student('unet', width=2), distilled=False).eval()
+    model = PolypDiFoM(create_student('unet', width=2)).eval()
     titles = [axis.get_title() for axis in show_extremes(model, pairs, [0.2, 0.9, 0.5], 32).axes]
     assert [title.split(',')[0] for title in titles] == [f'best: {pairs[1].image.name}', f'median: {pairs[2].image.name}', f'worst: {pairs[0].image.name}']
 

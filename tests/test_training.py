@@ -24,7 +24,7 @@ from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import PolypDiFoM, amp_dtype, load_model, predict, predict_logits, save_model
 from polyp_difom.students.registry import create_student
-from polyp_difom.targets.latent import build_targets
+from polyp_difom.targets.latent import TargetConfig, build_targets, paper_targets
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, StopOnDivergence, TargetCollapse, TargetWatch, adam,
                                             dice_score)
 from polyp_difom.training.learner import TrainConfig, difom_learner
@@ -32,13 +32,13 @@ from polyp_difom.training.losses import OutputLoss, align_latent, latent_losses,
 from polyp_difom.training.runs import read_log, resume, summary_lines, train
 from polyp_difom.weights import read_tensors
 
-SHORT = dict(student='unet,width=4', size=64, epochs=(1, 1, 1), batch_size=4, valid=0.25, device='cpu')
+SHORT = dict(preset='paper', student='unet,width=4', size=64, epochs=(1, 1, 1), batch_size=4, valid=0.25, device='cpu')
 
 
 def parts_of(data, features=None, size=64, model=None):
     "Loaders over sixteen frames, with targets where there are features."
     train_part, valid_part = split_pairs(train_pairs(data), 0.25)
-    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.target_grids(size), model.latents.channels)
+    targets = features and build_targets(FeatureStore(features), [pair.image for pair in train_part], model.target_grids(size), model.latents.channels, TargetConfig(**paper_targets))
     return polyp_dataloaders(PolypDataset(train_part, size, targets), PolypDataset(valid_part, size), 4, (1.,), torch.device('cpu'))
 
 
@@ -200,7 +200,8 @@ def test_parts_that_do_not_fit_are_named(data, features):
     model = small_model()
     with_targets, without = parts_of(data, features, model=model), parts_of(data)
     for arguments, told in (((with_targets, model), 'nothing learns from'), ((without, model, None, Distillation()), 'no targets'),
-                            ((with_targets, small_model(False), None, Distillation()), 'no latents'), ((without, small_model(False), None, Distillation()), 'neither targets nor soft masks'), ((without, model.student), 'PolypDiFoM')):
+                            ((with_targets, small_model(False), None, Distillation()), 'no latents'),
+                            ((without, small_model(False), None, Distillation()), 'neither targets nor soft masks'), ((without, model.student), 'PolypDiFoM')):
         with pytest.raises(InputError, match=told): difom_learner(*arguments)
 
 
@@ -242,11 +243,13 @@ def test_a_spot_is_at_the_same_place_in_latent_and_target(height, width, row, co
 
 def test_distillation_aligns_at_a_size_that_is_padded(data, features):
     model = small_model()
-    learn = difom_learner(parts_of(data, features, size=100, model=model), model, distill=Distillation())
+    seen = []
     class Keep(Callback):
-        run_valid = False
-        def after_loss(self): self.pair, self.stored = self.learn.distillation.pairs['l1'], self.learn.distillation.extras['low']
-    (latent, target), stored = (keep := Keep()) and quiet_fit(learn, 1, cbs=keep) and keep.pair, keep.stored
+        def after_loss(self):
+            if self.training: seen.append((*self.learn.distillation.pairs['l1'], self.learn.distillation.extras['low']))
+    learn = difom_learner(parts_of(data, features, size=100, model=model), model, distill=Distillation(), cbs=Keep())
+    quiet_fit(learn, 1)
+    latent, target, stored = seen[-1]
     assert latent.shape == target.shape == (4, 16, 7, 7)
     assert torch.allclose(target, align_latent(latent, stored, (100/112,)*2)[1]) and not torch.allclose(target, stored)
 
@@ -381,7 +384,7 @@ def test_a_run_explains_itself(data, features, tmp_path):
     run = train(data, tmp_path/'a run', features=features, lr=2e-3, split='dct', **SHORT)
     held = json.loads((run/'config.json').read_text())
     assert held['command'] == (f"polyp-difom train {data} --student unet,width=4 --features {features} --split dct --size 64 --epochs 1 1 1 --batch-size 4 "
-                               f"--lr 0.002 --valid 0.25 --device cpu --out '{run}'")
+                               f"--lr 0.002 --valid 0.25 --preset paper --device cpu --out '{run}'")
     assert held['versions'].keys() >= {'python', 'polyp_difom', 'torch', 'fastai', 'timm', 'safetensors'} and held['device'].startswith('cpu')
     assert held['data'] == str(data) and held['features'] == str(features) and held['finished_epochs'] == 3 and held['seconds'] > 0
     assert held['settings']['targets']['split'] == 'dct' and held['settings']['student'] == 'unet' and held['settings']['options'] == dict(width=4)
@@ -465,7 +468,7 @@ def test_every_distance_trains_and_is_kept_in_the_settings(distance, data, featu
         warnings.simplefilter('error', TargetCollapse)
         run = train(data, tmp_path/'run', features=features, distance=distance, **(SHORT | dict(epochs=(0, 1, 0))))
     log = read_log(run)
-    assert list(log)[-4:] == ['r2_l1', 'r2_l2', 'std_l1', 'std_l2'] and log.r2_l1[0] < 1 and log.std_l1[0] > 0
+    assert list(log)[-8:] == ['r2_l1', 'r2_l2', 'std_l1', 'std_l2', 'valid_r2_l1', 'valid_r2_l2', 'mean_r2_l1', 'mean_r2_l2'] and log.r2_l1[0] < 1 and log.std_l1[0] > 0
     assert json.loads((run/'config.json').read_text())['settings']['distance'] == distance
     other = 'cosine' if distance == 'mse' else 'mse'
     with pytest.raises(InputError, match=f'another distance: .* then, {other} now'): resume(run, epochs=(0, 2, 0), distance=other, device='cpu')

@@ -18,7 +18,7 @@ from ..features.store import FeatureStore
 from ..targets.frequency import low_mask, radial_frequency, split_frequency
 from ..targets.latent import TargetStore
 from ..model.model import PolypDiFoM, predict
-from ..training.runs import read_log
+from ..training.runs import kept_epoch, read_log
 
 # %% ../../nbs/09_show/01_figures.ipynb #1fc50e6d
 def _new_figure(width:float, height:float) -> Figure: # in inches
@@ -212,9 +212,9 @@ def _shade_phases(axis, log):
         axis.text(epochs.mean(), 1.02, 'I'*int(phase), transform=axis.get_xaxis_transform(), ha='center', fontsize=9)
 
 def _mark_best(axis, log, colour:str):
-    "A dot at the epoch that was kept; of equals the last, as `Checkpoint` has it."
-    best = log['valid_dice'][::-1].idxmax()
-    axis.plot(log['epoch'][best], log['valid_dice'][best], 'o', color=colour)
+    "A dot at the epoch that was kept."
+    best = kept_epoch(log)
+    axis.plot(best.epoch, best.valid_dice, 'o', color=colour)
 
 # %% ../../nbs/09_show/01_figures.ipynb #429fa6a2
 def _draw_lines(axis, logs:dict, columns:dict):

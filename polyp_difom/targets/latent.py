@@ -28,10 +28,10 @@ class TargetConfig:
     split:str = 'hard' # into LFC and HFC, see `targets.frequency.splits`
     cutoff:float = 1/3 # fraction of Nyquist, 0 to 1.42
     pad:str = 'mirror' # mirror or periodic: what a Fourier split finds beyond the border
-    standardise:str = 'channel' # none, channel, layer (every layer of a teacher weighs the same) or phi-s
+    standardise:str = 'layer' # none, channel, layer (every layer of a teacher weighs the same) or phi-s
     projection:str = 'pca' # pca, random, or none where the latents have as many channels as the teachers
     projection_seed:int = 0 # of a random projection
-    components:int = 32 # of the projection, as many as the latents have channels at most; or `auto`: those that can be predicted from held-out images
+    components:object = 'auto' # principal components that can be predicted from held-out images; or a whole number; as many as the latents have channels at most
     antialias:bool = True # smooth what a coarser latent grid cannot hold
     unit_variance:bool = True # scale LFC and HFC to variance one on their grids
     teacher:tuple = () # specifications, as for `FeatureStore.check_teachers`; all that the store has if empty
@@ -57,7 +57,6 @@ def _check_values(config:TargetConfig):
     for name in ('antialias', 'unit_variance'):
         if not isinstance(value := getattr(config, name), bool): raise InputError(f'{name}: {value} is neither True nor False')
     if config.components != 'auto' and not is_whole(config.components, 1, 65536): raise InputError(f'components: {config.components} is neither a whole number from 1 on nor auto')
-    if config.components == 'auto' and config.projection != 'pca': raise InputError(f'components auto: chooses among principal components; projection {config.projection} has none')
 
 # %% ../../nbs/05_targets/03_latent.ipynb #8d040016
 paper_targets = dict(split='hard', cutoff=1/3, pad='periodic', standardise='channel', projection='pca', components=256, antialias=False, unit_variance=False)
@@ -164,7 +163,7 @@ def _fit_builder(store, teachers, hashes, grids, channels, config, images) -> Ta
         weight, bias, basis, found = fit_projection(*moments, sizes, most, config.standardise, config.projection, config.projection_seed, layers, **kept)
         return TargetBuilder(list(weight.split(sizes, 1)), bias, field, grids, config, teacher_gram(basis, sizes), teachers=teachers, **found)
     builder = project()
-    if config.components != 'auto': return builder
+    if config.components != 'auto' or config.projection != 'pca': return builder
     kept, r2 = _predictable(store, images, builder)
     builder = project(keep=kept)
     builder.fitted |= dict(kept=kept, held_out_r2=r2)

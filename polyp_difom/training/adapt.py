@@ -6,7 +6,7 @@
 __all__ = ['threshold_dice', 'measure_headroom', 'headroom_line', 'FeatureDecoder', 'RunTeacher', 'DecoderTeacher',
            'FoldedTeacher', 'adapted_teacher', 'adapt']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #18f62f00
+# %% ../../nbs/07_training/05_adapt.ipynb #82d86aa0
 import copy, json, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -44,7 +44,7 @@ from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
 from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train
 
-# %% ../../nbs/07_training/05_adapt.ipynb #703839ef
+# %% ../../nbs/07_training/05_adapt.ipynb #4661faae
 def threshold_dice(
     probability:np.ndarray, # (H, W) in 0..1
     mask:np.ndarray # (H, W) bool
@@ -55,7 +55,7 @@ def threshold_dice(
     hit, miss = (np.bincount(level[part], minlength=256)[::-1].cumsum() for part in (mask, ~mask)) # pixels as bright as 255, 254 … 0
     return float((2*hit/np.maximum(hit + miss + mask.sum(), 1)).mean())
 
-# %% ../../nbs/07_training/05_adapt.ipynb #55dd8abf
+# %% ../../nbs/07_training/05_adapt.ipynb #1662b12b
 def measure_headroom(
     teacher, student=None, # a score in 0..1 for each validation image, in one order
     sequences=None, # of each image; every image is alone if None
@@ -71,7 +71,7 @@ def measure_headroom(
         found |= dict(student=np.mean(student), headroom=gain.mean(), ci95=np.quantile(total[drawn].sum(1)/count[drawn].sum(1), (.025, .975)).tolist())
     return {name: value if isinstance(value, (list, int)) else float(value) for name, value in found.items()}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #709c5963
+# %% ../../nbs/07_training/05_adapt.ipynb #6505a0c5
 def headroom_line(
     found:dict # as from `measure_headroom`
 ) -> str:
@@ -83,7 +83,7 @@ def headroom_line(
     half = f' (at threshold 0.5: {100*found["at_half"]["headroom"]:.1f} points)' if 'at_half' in found else ''
     return f'headroom {100*found["headroom"]:.1f} points [{low:.1f}, {high:.1f}] {on}: {score("teacher")}, {score("student")}{half}'
 
-# %% ../../nbs/07_training/05_adapt.ipynb #e40a2424
+# %% ../../nbs/07_training/05_adapt.ipynb #20323bdd
 def _backbone_student(
     backbone:str # `timm/NAME[=FILE][,option=value …]`
 ) -> tuple: # options of the student `timm-unet`, backbone weights
@@ -93,7 +93,7 @@ def _backbone_student(
     pretrained = options.pop('pretrained', True)
     return options | dict(backbone=name.removeprefix('timm/')), file or pretrained
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6586ce27
+# %% ../../nbs/07_training/05_adapt.ipynb #862b74ee
 def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     "Raises `InputError`."
     config = folder/'config.json'
@@ -110,7 +110,7 @@ def _check_asked(out:Path, asked:dict):
     other = [f'{name} {held.get(name)} then, {value} now' for name, value in asked.items() if value is not None and held.get(name) != value]
     if other: raise InputError(f'{out}: was adapted otherwise: {name_some(other, 3)}; choose another --out, or adapt as before')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #80e5341f
+# %% ../../nbs/07_training/05_adapt.ipynb #d724055c
 def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainConfig, device) -> Path:
     "A run of `timm-unet`, begun or gone on with."
     options, pretrained = _backbone_student(backbone)
@@ -121,7 +121,7 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
     student = ','.join(['timm-unet', *(f'{name}={value}' for name, value in options.items())])
     return train(data, out, student, pretrained=pretrained, device=device, **asdict(layout), **vars(config))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #e007a8e0
+# %% ../../nbs/07_training/05_adapt.ipynb #3896af96
 class FeatureDecoder(nn.Module):
     "Maps of frozen teachers -> logits (B, 1, size, size)."
     def __init__(self,
@@ -144,7 +144,7 @@ class FeatureDecoder(nn.Module):
 
 def _resize(x, size:tuple): return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #702e2de4
+# %% ../../nbs/07_training/05_adapt.ipynb #b878cc39
 class _StoredMaps:
     "Of each labelled image a map of each teacher, and its mask."
     def __init__(self, pairs:list, store:FeatureStore, teachers:list, size:int, allow_empty:bool, above:int):
@@ -157,7 +157,7 @@ class _StoredMaps:
         digest = bytes.fromhex(self.image_hashes[i])
         return *(torch.from_numpy(self.store.read(teacher, digest)) for teacher in self.teachers), self.masks[i][None]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #9a4e7844
+# %% ../../nbs/07_training/05_adapt.ipynb #78eecfdd
 def _as_floats(batch): return tuple(x.float() for x in batch)
 
 def _flipped(batch):
@@ -179,7 +179,7 @@ class _StepLoader(DataLoader):
         while len(order) < self.n: order += self.rng.sample(every, len(every))
         return order[:self.n]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #b3a527ed
+# %% ../../nbs/07_training/05_adapt.ipynb #77ab3318
 def _stored_learner(data, store, teachers, layout, config, width:int, device) -> Learner:
     "A decoder and its loaders as a fastai learner. Raises `InputError` for whatever does not fit."
     parts = [_StoredMaps(pairs, store, teachers, config.size, config.allow_empty, layout.mask_above) for pairs in split_labelled(data, layout, config)]
@@ -190,7 +190,7 @@ def _stored_learner(data, store, teachers, layout, config, width:int, device) ->
     dls.n_inp = len(teachers)
     return Learner(dls, model, OutputLoss(config.loss or 'bce-dice'), opt_func=adam, metrics=dice_score, cbs=EpochSeed(config.seed))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #c96529f9
+# %% ../../nbs/07_training/05_adapt.ipynb #df6cbfdd
 def _specs(store:FeatureStore, teacher) -> dict: # name -> specification
     "The teachers whose maps are joined. Raises `InputError`."
     specs = (teacher,) if isinstance(teacher, str) else tuple(teacher)
@@ -211,7 +211,7 @@ def _write_record(out:Path, learn, settings:dict, data, features):
     with disk_full_error(out), atomic_path(out/'files.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
     with disk_full_error(out), atomic_path(out/'config.json') as path: path.write_text(json.dumps(record, indent=1))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #22a85871
+# %% ../../nbs/07_training/05_adapt.ipynb #e6df2740
 def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     "Put back what a training that stopped has left. Raises `InputError` if it was another one."
     last = out/'last.safetensors'
@@ -225,7 +225,7 @@ def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     load_learner_tensors(learn, tensors, last)
     return kept['rows']
 
-# %% ../../nbs/07_training/05_adapt.ipynb #e8eb34f7
+# %% ../../nbs/07_training/05_adapt.ipynb #3d800775
 def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:TrainConfig, width:int, device) -> Path:
     "A decoder on stored maps, begun or gone on with."
     store = FeatureStore(features)
@@ -242,7 +242,7 @@ def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:Trai
         finally: progress.close()
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #80d5541f
+# %% ../../nbs/07_training/05_adapt.ipynb #9486dafc
 @contextmanager
 def _outputs(modules:dict): # name -> module; yields a list that fills with (name, output) in order
     "What modules give while they are called."
@@ -257,7 +257,7 @@ def _decoder_modules(model, size:int) -> dict: # name -> module
     encoder = set(map(id, encoder_modules(model.student, size)))
     return {name: module for name, module in model.student.named_modules() if name and id(module) not in encoder}
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6c598c93
+# %% ../../nbs/07_training/05_adapt.ipynb #218c8307
 @torch.no_grad()
 def _find_stage(
     model, # `PolypDiFoM` in eval mode
@@ -273,7 +273,7 @@ def _find_stage(
     heads = [name for s, name, x in found if s == stride and x.shape[1] == 1 and torch.allclose(_resize(x, (padded,)*2)[..., :size, :size], logits, atol=1e-4)]
     return stride, [name for s, name, x in found if s == stride and x.shape[1] > 1][-1], heads[-1] if heads else None
 
-# %% ../../nbs/07_training/05_adapt.ipynb #ec77f33b
+# %% ../../nbs/07_training/05_adapt.ipynb #8eb7b069
 class RunTeacher(Teacher):
     "A run as a teacher: (B, 3, S, S) -> (B, 1 + C, S/4, S/4), logits and maps of its decoder."
     settings = dict(mask_logits=True)
@@ -295,7 +295,7 @@ class RunTeacher(Teacher):
 
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #f8b15288
+# %% ../../nbs/07_training/05_adapt.ipynb #4639bbb2
 def _finished(folder) -> dict: # its settings
     "Raises `InputError` for what is no run, or one that has stopped before its end."
     held, settings = _read_settings(Path(folder))
@@ -304,7 +304,7 @@ def _finished(folder) -> dict: # its settings
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
 
-# %% ../../nbs/07_training/05_adapt.ipynb #64198a00
+# %% ../../nbs/07_training/05_adapt.ipynb #65332590
 def _same_teacher(spec:str, made:dict, folder) -> Teacher:
     "A teacher by its specification. Raises `InputError` if its maps would be others than those that the decoder knows."
     teacher = create_teacher(spec)
@@ -322,7 +322,7 @@ def _load_decoder(folder:Path) -> FeatureDecoder:
     decoder.load_state_dict(tensors)
     return decoder.eval()
 
-# %% ../../nbs/07_training/05_adapt.ipynb #f20ec954
+# %% ../../nbs/07_training/05_adapt.ipynb #a43b1e78
 class DecoderTeacher(Teacher):
     "Frozen teachers and the decoder on their maps: (B, 3, S, S) -> (B, 1 + width, size/4, size/4)."
     def __init__(self,
@@ -340,7 +340,7 @@ class DecoderTeacher(Teacher):
     def read(self, maps): return self.decoder.decode(*maps)
     def features(self, x): return self.read(self.look(x))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #7ea5304c
+# %% ../../nbs/07_training/05_adapt.ipynb #7ab041d0
 class FoldedTeacher(Teacher):
     "Several teachers of which each has not seen a part of the labelled images."
     def __init__(self,
@@ -360,7 +360,7 @@ class FoldedTeacher(Teacher):
         else: logits = maps[:, :1] if self.taken == 0 else self.members[self.taken].read(seen)[:, :1]
         return torch.cat([logits, maps[:, 1:]], 1)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #6e335ef3
+# %% ../../nbs/07_training/05_adapt.ipynb #40a3fe01
 @patch
 def choose(self:FoldedTeacher,
     digest:bytes # `file_hash` of an image
@@ -373,7 +373,7 @@ def choose(self:FoldedTeacher,
         view.taken = fold
     return self.views[fold]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #ebea6f9b
+# %% ../../nbs/07_training/05_adapt.ipynb #a65ead8d
 def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
     "Raises `InputError` for a table that `adapt` does not write."
     path = folder/'folds.csv'
@@ -389,7 +389,7 @@ def _member(name:str, folder:Path, looks:bool=True) -> Teacher:
     "What is in one folder, as a teacher."
     return DecoderTeacher(name, folder, looks) if 'decoder' in _read_settings(folder)[1] else RunTeacher(name, folder)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #3d82e9c9
+# %% ../../nbs/07_training/05_adapt.ipynb #eb4f8430
 @register_teacher('adapted')
 def adapted_teacher(
     name:str, # as in the registry
@@ -400,7 +400,7 @@ def adapted_teacher(
     folder = Path(checkpoint).expanduser()
     return (FoldedTeacher if (folder/'folds.csv').is_file() else _member)(name, folder)
 
-# %% ../../nbs/07_training/05_adapt.ipynb #da79ab55
+# %% ../../nbs/07_training/05_adapt.ipynb #7262bf11
 def _score(
     predict, # path of an image -> logits (h, w)
     pairs:list, above:int
@@ -423,7 +423,7 @@ def _decoder_logits(folder, features, device):
     def logits(image): return decoder(*maps(image))[0, 0].cpu()
     return logits
 
-# %% ../../nbs/07_training/05_adapt.ipynb #9880c423
+# %% ../../nbs/07_training/05_adapt.ipynb #e3c35de6
 def _student_part(student) -> set: # of hashes
     "The validation images of a student alone. Raises `InputError` if its score would mean something else."
     settings = _finished(student)
@@ -440,7 +440,7 @@ def _common_part(pairs:list, student, whole:bool) -> list: # of pairs
     if len(common) == len(theirs) and (whole or len(common) == len(pairs)): return common
     raise InputError(f'{student}: has {len(theirs)} validation images, the teacher {len(pairs)}, and {len(common)} in common; train both with the same data, layout, labels, valid and seed')
 
-# %% ../../nbs/07_training/05_adapt.ipynb #602b5dcd
+# %% ../../nbs/07_training/05_adapt.ipynb #b9d21ea9
 def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
     "Write `folds.csv`, or see that it is the same. Raises `InputError`."
     dealt = draw_folds(pairs, check_number('folds', folds, 2, 100), [sequence_of(pair.image) for pair in pairs])
@@ -452,7 +452,7 @@ def _deal(pairs:list, out:Path, folds:int) -> list: # the fold of each pair
         with disk_full_error(out), atomic_path(out/'folds.csv') as path: table.to_csv(path, index=False)
     return dealt
 
-# %% ../../nbs/07_training/05_adapt.ipynb #815a8195
+# %% ../../nbs/07_training/05_adapt.ipynb #331babf9
 def adapt(
     data, # data set, see `Layout`
     out, # folder of what is adapted; where one has stopped, it goes on
@@ -479,7 +479,7 @@ def adapt(
     _tell(out, [(predictor(folder), part) for folder, _, part in members], pairs, student, layout.mask_above, device)
     return out
 
-# %% ../../nbs/07_training/05_adapt.ipynb #428957c4
+# %% ../../nbs/07_training/05_adapt.ipynb #07ef5b21
 def _maker(data, out:Path, backbone, features, teacher, layout, config, width, device) -> tuple: # (folder, fold) -> None; folder -> its logits of an image
     "Raises `InputError` unless one of the two ways is chosen."
     if (backbone is None) == (features is None): raise InputError('adapt: give a backbone (--backbone timm/NAME=FILE), or a feature store (--features STORE)')
@@ -495,7 +495,7 @@ def _maker(data, out:Path, backbone, features, teacher, layout, config, width, d
 
 def _with_fold(config:TrainConfig, fold) -> TrainConfig: return TrainConfig(**vars(config) | dict(fold=fold))
 
-# %% ../../nbs/07_training/05_adapt.ipynb #3dad1272
+# %% ../../nbs/07_training/05_adapt.ipynb #059f85ae
 def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pairs to score, list of (folder, fold, the pairs it has not seen)
     "What is to be trained, and what each part of it is scored on. Raises `InputError`."
     if not folds:
@@ -507,7 +507,7 @@ def _members(data, out:Path, layout, config, folds:int, student) -> tuple: # pai
     parts = [[pair for pair, fold in zip(pairs, dealt) if fold == k + 1 and pair in scored] for k in range(folds)]
     return scored, [(out/f'fold-{k + 1}', (k + 1, folds), part) for k, part in enumerate(parts)]
 
-# %% ../../nbs/07_training/05_adapt.ipynb #1fa80691
+# %% ../../nbs/07_training/05_adapt.ipynb #96e1343b
 def _tell(out:Path, members:list, pairs:list, student, above:int, device):
     "Score teacher and student, print the headroom and keep it."
     scores, theirs = {}, _score(_run_logits(student, device), pairs, above) if student is not None else {}
@@ -516,6 +516,7 @@ def _tell(out:Path, members:list, pairs:list, student, above:int, device):
     sequences = [sequence_of(pair.image) for pair in pairs]
     found = measure_headroom(*columns[:2], sequences) | dict(at_half=measure_headroom(*columns[2:], sequences))
     print(headroom_line(found))
-    each = [dict(image=printable(pair.image.name), teacher=scores[pair]) | (dict(student=theirs[pair]) if theirs else {}) for pair in pairs]
+    named = {name: each for name, each in (('teacher', scores), ('student', theirs)) if each}
+    rows = [dict(image=printable(pair.image.name)) | {f'{name}{half}': each[pair][k] for name, each in named.items() for k, half in enumerate(('', '_05'))} for pair in pairs]
     with disk_full_error(out), atomic_path(out/'headroom.json') as path:
-        path.write_text(json.dumps(found | dict(run=student and str(Path(student).absolute()), scores=each), indent=1))
+        path.write_text(json.dumps(found | dict(run=student and str(Path(student).absolute()), scores=rows), indent=1))

@@ -349,7 +349,7 @@ def add(self:TargetWatch, sums:dict, name:str, latent, target):
 @patch
 def add_stored(self:TargetWatch, sums:dict, name:str, stored):
     "Of the targets as they come: sum, sum of squares and sum at each position; on the validation part what the mean map leaves."
-    stored, mean_map = stored.float(), self.mean_maps.get(name, self.sums[''].get((name, 'map'), 0)/max(self.sums[''][name, 'rows'], 1))
+    stored, mean_map = stored.detach().float(), self.mean_maps.get(name, self.sums[''].get((name, 'map'), 0)/max(self.sums[''][name, 'rows'], 1))
     moments = dict(stored_square=stored.square().sum((0, 2, 3)), stored_total=stored.sum((0, 2, 3)))
     if self.training: moments['map'] = stored.sum(0)
     elif torch.is_tensor(mean_map): moments['left'] = (stored - mean_map.to(stored)).square().sum()

@@ -116,7 +116,7 @@ _allowed = { # field -> what to give, and whether a value is that
     'epochs': ('three whole numbers, one for each phase, and not 0 for all', lambda v: len(v) == 3 and all(map(is_whole, v)) and sum(v) > 0),
     'batch_size': ('a whole number from 1', lambda v: is_whole(v, 1)),
     'lr': ('a number above 0, as 1e-4', lambda v: is_number(v) and v > 0),
-    'schedule': ('constant or one-cycle', lambda v: v in ('constant', 'one-cycle')),
+    'schedule': ('constant, one-cycle or restart', lambda v: v in ('constant', 'one-cycle', 'restart')),
     'labels': ('a share above 0 and up to 1, as 0.2', lambda v: is_number(v) and 0 < v <= 1),
     'select': ('best or last', lambda v: v in ('best', 'last')),
     'valid': ('a share between 0 and 1, as 0.1', lambda v: is_number(v) and 0 < v < 1),
@@ -127,17 +127,22 @@ _allowed = { # field -> what to give, and whether a value is that
     'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: v is None or len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
     'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
     'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
+    'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
+    'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),
+    **dict.fromkeys(('shuffled', 'warm_heads', 'supervised_last', 'confident'), ('True or False', lambda v: isinstance(v, bool))), 'refresh': ('a whole number from 0', is_whole),
+    'mixup': ('a number from 0', lambda v: is_number(v, 0)),
+    'ratio': ('a share between 0 and 1, as 0.5', lambda v: is_number(v) and 0 < v < 1),
     'precision': ('bf16 or fp32', lambda v: v in (None, 'bf16', 'fp32'))}
 
 # %% ../../nbs/07_training/03_learner.ipynb #b22b1ed8
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a student is trained; the defaults are the paper's. Raises `InputError` for a value that cannot be."
+    "How a student is trained; the defaults are the paper's, `train` has presets. Raises `InputError` for a value that cannot be."
     size:int=352 # training size in pixels
     epochs:tuple=(40, 40, 40) # of phases I, II and III
     batch_size:int=16 # images a step
     lr:float=1e-4 # of Adam; the peak with `schedule='one-cycle'`
-    schedule:str='constant' # `constant`, or `one-cycle`
+    schedule:str='constant' # `constant`, `one-cycle` over all phases, or `restart`: one-cycle in each phase
     labels:float=1. # share of the training images whose masks are used
     valid:float=0.1 # share of these held out to choose the epoch by, whole sequences at a time
     select:str='best' # the epoch that is kept: best on the validation part, or last
@@ -152,12 +157,37 @@ class TrainConfig:
     precision:str=None # bf16 or fp32; the faster on the device if None
     distance:str='mse' # of latents to targets, a name of `latent_losses` or any callable
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
+    latents:str='paper' # at the bottleneck, feeding the decoder; or `free`: heads in training only, HFC at the stage that holds it
+    high_at:str='decoder' # or `encoder`: where HFC is learnt with `latents='free'`
+    balance:str='fixed' # weights as they are, or `gradient`: shares of the segmentation loss's gradient
+    warm_heads:bool=False # in phase I the heads learn on detached features
+    ramp:int=0 # epochs over which the weights of L1, L2 and soft masks rise, from the start of phase II
+    freeze:bool=None # the encoder in phase III; if None a distilled student's only, as in the paper
+    supervised_last:bool=False # phase III learns from labels alone
+    soft_masks:bool=None # learn from an adapted teacher's masks; if None where the store has them
+    soft_weight:float=1. # of their loss
+    soft_loss:str='bce-dice' # or `logit-mse`
+    soft_on:str='unlabelled' # frames that learn from them, or `all`
+    confident:bool=False # weigh soft masks by |2p - 1|
+    ratio:float=0.5 # share of a batch without labels, where there are such frames
+    live_teacher:str=None # a teacher of masks that looks at the augmented view in every step, as `adapted=FOLDER`
+    mixup:float=0. # with it, how frames without labels are blended: of Beta(mixup, mixup)
+    refresh:int=0 # every so many epochs soft masks are mixed with those of the student's moving average; 0 for never
+    shuffled:bool=False # targets and soft masks of other images: a control
 
     def __post_init__(self):
         for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
-            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select") else "give"} {allowed}')
-        Distillation(self.lambdas, self.distance)
+            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at") else "give"} {allowed}')
+        if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
+        self.distillation(soft=True)
+
+    def distillation(self,
+        soft:bool # are there soft masks?
+    ) -> Distillation:
+        "The callback of a run."
+        same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
+        return Distillation(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
 presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False)}

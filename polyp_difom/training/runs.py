@@ -50,6 +50,10 @@ def _settings_digest(out:Path) -> str:
     return bytes_hash(json.dumps(settings, sort_keys=True).encode()).hex()
 
 # %% ../../nbs/07_training/04_runs.ipynb #a708939f
+def _eligible(rows:list) -> list: # of the log
+    "The epochs that one is chosen among: those of phases II and III, as soon as there are any."
+    return [row for row in rows if row['phase'] > 1] or rows
+
 class Checkpoint(Callback):
     "Write `log.csv`, `best.safetensors` and `last.safetensors` after every epoch; beside an `EpochLog`."
     order, remove_on_fetch = 62, True
@@ -66,7 +70,7 @@ class Checkpoint(Callback):
         self.written = len(rows)
         with disk_full_error(self.out, f'the checkpoint of the epoch before is kept; free space and go on with: {_resume_command(self.out)}'):
             with atomic_path(self.out/'log.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
-            if self.select == 'last' or rows[-1][self.rank] >= max(row[self.rank] for row in rows): save_model(self.model, self.out/'best.safetensors')
+            if self.select == 'last' or rows[-1][self.rank] >= max(row[self.rank] for row in _eligible(rows)): save_model(self.model, self.out/'best.safetensors')
             save_tensors(learner_tensors(self.learn), self.out/'last.safetensors', dict(rows=rows, settings=self.digest))
 
 def _resume_command(out) -> str: return f'polyp-difom train --resume {shlex.quote(printable(out))}'
@@ -132,13 +136,21 @@ def split_labelled(
     return split_pairs(labelled, config.valid, config.seed, sequences)
 
 # %% ../../nbs/07_training/04_runs.ipynb #0170a271
+def _absolute(place):
+    "A place on this machine by its whole path, an address as it is."
+    place = to_place(place)
+    return place.absolute() if isinstance(place, Path) else place
+
 @dataclass(frozen=True)
 class _Frames:
     "Frames without labels, and the data sets whose test images must not be among them."
     unlabelled:object=None # `rest`, a folder, or None
     held_out:tuple=() # further data sets
 
-    def __post_init__(self): object.__setattr__(self, 'held_out', tuple(map(str, [self.held_out] if isinstance(self.held_out, (str, Path)) else self.held_out or ())))
+    def __post_init__(self):
+        several = [self.held_out] if isinstance(self.held_out, (str, Path)) else self.held_out or ()
+        object.__setattr__(self, 'held_out', tuple(str(Path(place).absolute()) for place in several))
+        if self.unlabelled not in (None, 'rest'): object.__setattr__(self, 'unlabelled', str(_absolute(self.unlabelled)))
 
 def _forbidden(data, layout, valid_part, held_out) -> list: # of paths
     tests = [pair.image for one in (*([data] if (Path(data)/'TestDataset').is_dir() else []), *held_out) for pairs in test_sets(one, layout if one is data else Layout()).values() for pair in pairs]
@@ -191,7 +203,8 @@ def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Si
     hashes = [parallel_map(file_hash, part, 'reading') for part in images]
     targets = _targets(store, images, hashes, model, target_config, config.size) if model.distilled else (None, None)
     wanted = bool(adapted_teachers(store)) if config.soft_masks is None else config.soft_masks
-    soft = [SoftMasks(store, part, hashes=known).at(config.size) for part, known in zip(images, hashes)] if wanted else (None, None)
+    chosen = [teacher for teacher in store.check_teachers(target_config.teacher) if teacher in adapted_teachers(store)] # of several, the one that was named
+    soft = [SoftMasks(store, part, chosen[0] if len(chosen) == 1 else None).at(config.size) for part in images] if wanted else (None, None)
     first, second = (_Signal(*one) for one in zip(targets, soft, hashes))
     return _shuffle(first, config.seed) if config.shuffled else first, second
 
@@ -241,7 +254,10 @@ def _fingerprints(learn) -> dict:
     "What the data of a run are known by."
     train_part, valid_part = learn.dls.train.dataset, learn.dls.valid.dataset
     return {'training images': train_part.fingerprint, 'validation images': valid_part.fingerprint,
-            'targets': train_part.targets and train_part.targets.path.name, 'soft masks': train_part.soft_fingerprint}
+            'targets': train_part.targets and train_part.targets.path.name, 'soft masks': train_part.soft_fingerprint,
+            'live teacher': next((_live_fingerprint(cb.teacher) for cb in learn.cbs if isinstance(cb, LiveTeacher)), None)}
+
+def _live_fingerprint(teacher) -> str: return bytes_hash(json.dumps(teacher.provenance, sort_keys=True, default=str).encode()).hex()
 
 # %% ../../nbs/07_training/04_runs.ipynb #8b113f6d
 def _versions() -> dict:
@@ -272,14 +288,14 @@ def _words(name:str, value) -> list:
     "An option as the command line has it."
     flag = f'--{name.replace("_", "-")}'
     if name == 'pretrained': return ['--backbone-weights', str(value)] if value else ['--no-pretrained']
-    if value is True: return [flag]
+    if isinstance(value, bool): return [flag if value else f'--no-{flag[2:]}']
     if name == 'scales': value = value*(3//len(value)) # the command line takes three
-    if name == 'teacher': return [word for one in value for word in (flag, one)]
+    if name in ('teacher', 'held_out'): return [word for one in value for word in (flag, one)]
     return [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
 
 def _command(data, out, student, features, **options) -> str:
     "What repeats a run: a command, or a call where something is of one's own making."
-    if not isinstance(student, str) or any(map(callable, options.values())) or len(options.get('scales', (1,))) not in (1, 3):
+    if not isinstance(student, str) or 'fold' in options or any(value is None or callable(value) for value in options.values()) or len(options.get('scales', (1,))) not in (1, 3):
         named = {'features': features and str(features), **{key: _name(value) if callable(value) else value for key, value in options.items()}}
         name = student if isinstance(student, str) else type(student).__name__
         return f'train({str(data)!r}, {str(out)!r}, {name}, ' + ', '.join(f'{key}={value!r}' for key, value in named.items()) + ')'
@@ -333,6 +349,11 @@ def read_log(
     return log
 
 # %% ../../nbs/07_training/04_runs.ipynb #9dd403ab
+def kept_epoch(log:pd.DataFrame, select:str='best') -> pd.Series:
+    "The epoch that `Checkpoint` kept: of equals the last."
+    rows = _eligible(log.to_dict('records'))
+    return pd.Series(rows[-1] if select == 'last' else max(rows[::-1], key=lambda row: row['valid_dice']))
+
 def draw_log(
     log:pd.DataFrame # as from `read_log`
 ) -> Figure:
@@ -342,7 +363,7 @@ def draw_log(
     for axis, names in zip(figure.subplots(1, len(panels)), panels):
         log.plot(x='epoch', y=names, ax=axis, marker='.')
         for end in log.epoch[log.phase.diff(-1) < 0]: axis.axvline(end + .5, color='gray', ls=':')
-    best = log.loc[log.valid_dice[::-1].idxmax()] # of equals the last, as `Checkpoint`
+    best = kept_epoch(log)
     axis.plot(best.epoch, best.valid_dice, 'o', color='C0', ms=8)
     return figure
 
@@ -351,7 +372,7 @@ def _close(out:Path):
     "Draw the curves, and add to `config.json` what came of the run."
     if not (out/'log.csv').exists(): return
     log, config = read_log(out), json.loads((out/'config.json').read_text())
-    best = log.loc[log.valid_dice[::-1].idxmax()]
+    best = kept_epoch(log, config['settings']['select'])
     _write_config(out, config | dict(ended=time.strftime('%Y-%m-%d %H:%M:%S'), seconds=round(log.seconds.sum(), 1), finished_epochs=len(log),
                                      best_epoch=int(best.epoch), best_dice=round(float(best.valid_dice), 4)))
     with disk_full_error(out), atomic_path(out/'curves.png') as path: draw_log(log).savefig(path, format='png', dpi=80)
@@ -409,11 +430,6 @@ class _StudentOptions:
     def given(self) -> dict: # for `create_student`
         return {key: value for key, value in (('width', self.width), ('pretrained', self.pretrained)) if value is not None and value is not True}
 
-def _absolute(place):
-    "A place on this machine by its whole path, an address as it is."
-    place = to_place(place)
-    return place.absolute() if isinstance(place, Path) else place
-
 def _places(data, features) -> dict:
     "Where a run's data and features are, for `config.json`."
     return dict(data=str(Path(data).absolute()), features=features and str(_absolute(features)))
@@ -466,7 +482,7 @@ def _read_config(run:Path) -> dict:
     parts = dict(settings=dict, fingerprints=dict, data=str, features=(str, type(None)))
     lacking = [name for name, kind in parts.items() if not isinstance(held, dict) or not isinstance(held.get(name, 0), kind)]
     lacking = lacking or sorted({'preset', 'student', 'options', 'distilled', 'layout', 'targets', 'unlabelled', 'held_out', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
-    if not lacking and held['settings']['distilled'] != (held['features'] is not None): lacking = ['features']
+    if not lacking and held['settings']['distilled'] != bool(held['features'] or held['settings']['live_teacher']): lacking = ['features']
     if lacking: raise InputError(f'{config}: not what `train` of this version writes, so it cannot be resumed (it lacks {name_some(lacking)})')
     return held
 
@@ -485,14 +501,16 @@ def _held_configs(settings:dict, loss, distance, run:Path) -> tuple: # Layout, T
     except (KeyError, TypeError) as error: raise InputError(f'{run/"config.json"}: settings are damaged ({printable(error)[:80]})') from None
 
 # %% ../../nbs/07_training/04_runs.ipynb #7d3a3f53
-def _extend(config:TrainConfig, epochs, done:int, distilled:bool, run) -> TrainConfig:
+def _extend(config:TrainConfig, epochs, done:int, phases_differ:bool, run) -> TrainConfig:
     "The settings with other epochs. Raises `InputError` where they contradict the epochs that are done."
     longer = replace(config, epochs=epochs)
     if longer.epochs == config.epochs: return config
     if config.schedule == 'one-cycle': raise InputError(f'{run}: one-cycle ends with its last epoch and cannot be extended; start a new run with more epochs')
     phases = [[phase for phase, n in enumerate(asked.epochs) for _ in range(n)] for asked in (config, longer)]
+    if config.schedule == 'restart' and any(before != now and sum(config.epochs[:phase]) < done for phase, (before, now) in enumerate(zip(config.epochs, longer.epochs))):
+        raise InputError(f'{run}: with restart a phase that has begun ends with its last epoch; extend a later one, or start a new run with more epochs')
     if sum(longer.epochs) < done: raise InputError(f'{run}: {done} epochs are done already; give more in all than {done}')
-    if distilled and phases[0][:done] != phases[1][:done]:
+    if phases_differ and phases[0][:done] != phases[1][:done]:
         raise InputError(f'{run}: its {done} epochs were in phases of {_listed(config.epochs)}; extend the phase it is in, or a later one (given: {_listed(longer.epochs)})')
     return longer
 
@@ -562,7 +580,7 @@ def resume(
     tensors, kept = read_tensors(last) if last.exists() else ({}, dict(rows=[]))
     if not isinstance(kept.get('rows'), list): raise InputError(f'{last}: not what `train` writes; the run is damaged')
     if tensors: _check_whole(run, kept)
-    if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'], run)
+    if epochs is not None: config = _extend(config, epochs, len(kept['rows']), settings['distilled'] or bool(config.freeze), run)
     model = _make_again(settings, _latents(features, config), student, config, place, run, fresh=not tensors)
     frames = _Frames(unlabelled or settings['unlabelled'], settings['held_out'])
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
