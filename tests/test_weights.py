@@ -74,7 +74,7 @@ def test_nothing_is_made_of_a_strangers_options(small, name, options, monkeypatc
     with pytest.raises(InputError, match='model.safetensors: '): load_model(told(small, student=dict(name=name, options=options)))
 
 
-@pytest.mark.parametrize('changes', [dict(student='unet'), dict(student=[]), dict(distilled=1), dict(distilled=None), dict(channels=0), dict(channels=2**40), dict(channels='64'),
+@pytest.mark.parametrize('changes', [dict(student='unet'), dict(student=[]), dict(latents=1), dict(latents='free'), dict(channels=0), dict(channels=2**40), dict(channels='64'),
                                      dict(student=dict(name='unet', options=dict(width=-2))), dict(student=dict(name='unet', options=dict(width=0))),
                                      dict(student=dict(name='unet', options=dict(width='two'))), dict(student=dict(name='unet', options=dict(width=3)))])
 def test_metadata_that_make_no_network_are_named(small, changes):

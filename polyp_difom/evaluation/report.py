@@ -13,6 +13,7 @@ from collections import Counter
 from io import BytesIO, StringIO
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -251,6 +252,12 @@ def set_notes(
     return notes
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #80a36432
+def _new_figure(width:float, height:float) -> Figure: # in inches
+    "A figure that pyplot forgets at once."
+    figure = plt.figure(figsize=(width, height), layout='constrained')
+    plt.close(figure)
+    return figure
+
 def draw_gains(
     found:list, # as from `differences`
     twin:str='undistilled'
@@ -258,13 +265,13 @@ def draw_gains(
     "Difference and interval of each arm on each set, beside the headroom."
     students, chosen = list(dict.fromkeys(e['student'] for e in found)), [e for e in found if e['base'] == twin]
     sets, arms = ([*dict.fromkeys(e[key] for e in chosen)] for key in ('set', 'arm'))
-    fig = Figure(figsize=(4*len(students) + 2, .5 + len(sets)*(.3 + .17*len(arms))), layout='constrained')
+    fig = _new_figure(4*len(students) + 2, .5 + len(sets)*(.3 + .17*len(arms)))
     for ax, student in zip(fig.subplots(1, len(students), squeeze=False, sharey=True)[0], students):
         for i, arm in enumerate(arms):
             rows = [(sets.index(e['set']) + .8*(i + .5)/len(arms) - .4, e) for e in chosen if (e['student'], e['arm']) == (student, arm)]
             for y, e in rows: ax.plot([100*v for v in e['ci95']], [y, y], color=f'C{i}', lw=1.5)
             ax.plot([100*e['difference'] for _, e in rows], [y for y, _ in rows], 'o', color=f'C{i}', ms=4, label=arm)
-            ax.plot([100*e.get('headroom', np.nan) for _, e in rows], [y for y, _ in rows], '|', color='tab:orange', ms=9, mew=2, label='headroom' if i == len(arms) - 1 else None)
+            ax.plot([100*(e.get('headroom') if e.get('headroom') is not None else np.nan) for _, e in rows], [y for y, _ in rows], '|', color='k', ms=9, mew=2, label='headroom' if i == len(arms) - 1 else None)
         ax.axvline(0, color='k', lw=.8)
         ax.set(title=printable(student), xlabel='difference in points', yticks=range(len(sets)), yticklabels=sets, ylim=(len(sets) - .5, -.5))
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
@@ -275,7 +282,7 @@ def draw_wins(
     results:list, arm:str, base:str, student:str, sets, metric:str='mDice'
 ): # Figure, or None if no seed has both
     "The arm's Dice of each image against the base's; means over seeds, a panel a set."
-    fig = Figure(figsize=(2.6*len(sets), 2.9), layout='constrained')
+    fig = _new_figure(2.6*len(sets), 2.9)
     for ax, name in zip(fig.subplots(1, len(sets), squeeze=False)[0], sets):
         ours, theirs = pair_scores(results, arm, base, student, [name], metric)
         if not len(ours): return None
@@ -292,7 +299,7 @@ def draw_sizes(
 ) -> Figure:
     "Dice by the size of the polyps, a panel a student, a bar an arm."
     students, arms = names_of(results, 'student'), names_of(results, 'arm')
-    fig = Figure(figsize=(3.4*len(students) + 1.8, 2.6), layout='constrained')
+    fig = _new_figure(3.4*len(students) + 1.8, 2.6)
     for ax, student in zip(fig.subplots(1, len(students), squeeze=False, sharey=True)[0], students):
         for i, arm in enumerate(arms):
             seeds = [[record for name in sets if name in r['sets'] for record in r['sets'][name]['images'].values()] for r in _runs(results, arm, student)]

@@ -60,7 +60,7 @@ def _gain(j, design, brief=False) -> str:
     of = 'these' if brief else len(j['looked_at'])
     if not j['gains']: return f'{j["arm"]} on the unseen sets together ({_together(j)}), though on none of {of} {kind} alone'
     half = sum((e.get('share_of_headroom') or 0) >= .5 for e in j['gains'])
-    share = f'; at least half of the headroom on {half}' if j['roomy'] else ''
+    share = f'; at least half of the headroom on {half or "none"}' if j['roomy'] else ''
     return f'{j["arm"]} on {len(j["gains"])} of {of} {kind} ({_listed(j["gains"])}{share})'
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #3db20b53

@@ -6,6 +6,8 @@
 __all__ = ['image_features', 'held_out_errors', 'predictable', 'mean_map_r2']
 
 # %% ../../nbs/05_targets/02a_predictability.ipynb #bc7544de
+import warnings
+
 import numpy as np
 import torch
 
@@ -71,12 +73,14 @@ def predictable(
     parts:list, # (errors of the prediction, errors of the mean) for LFC and for HFC, as from `held_out_errors`
     above:float=.05 # R²
 ) -> tuple: # numbers of the components to keep, dict of R² a component: `both`, `low`, `high`
-    "Components of which more than this share can be told from held-out images. Raises `InputError` if there are none."
+    "Components of which more than this share can be told from held-out images; where there are none, one of which most can be told, with a warning."
     shares = [(error/mean.sum().clamp(min=1e-30), mean/mean.sum().clamp(min=1e-30)) for error, mean in parts]
     r2 = lambda error, mean: 1 - error/mean.clamp(min=1e-30)
     both = r2(*map(sum, zip(*shares)))
     kept = (both > above).nonzero().flatten().tolist()
-    if not kept: raise InputError(f'components auto: of no component of the teachers can more than {above:.0%} be told from the images; choose a number')
+    if not kept:
+        kept = [both.argmax().item()]
+        warnings.warn(f'components auto: of no component of the teachers can more than {above:.0%} be told from held-out images, so there is little to learn from them; the best one is kept')
     rounded = lambda values: [round(value, 4) for value in values.tolist()]
     return kept, dict(both=rounded(both), low=rounded(r2(*parts[0])), high=rounded(r2(*parts[1])))
 
