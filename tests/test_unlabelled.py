@@ -178,11 +178,12 @@ def test_shuffled_is_the_same_teacher_about_other_images(data, store, frames, tm
 
 class Stop(Callback):
     order = 99
+    def __init__(self, after=2): self.after = after
     def after_epoch(self):
-        if self.epoch == 1: raise KeyboardInterrupt
+        if self.epoch + 1 == self.after: raise KeyboardInterrupt
 
 
-WAYS = dict(plain={}, refresh=dict(refresh=1), balance=dict(balance='gradient', ramp=1), paper=dict(preset='paper', soft_on='all', supervised_last=True),
+WAYS = dict(plain={}, refresh=dict(refresh=2), balance=dict(balance='gradient', ramp=1), paper=dict(preset='paper', soft_on='all', supervised_last=True),
             soft_alone=dict(lambdas=(1, 0, 0), confident=True), shuffled=dict(shuffled=True), restart=dict(schedule='restart', select='last'), no_soft_masks=dict(soft_masks=False))
 
 
@@ -190,8 +191,8 @@ WAYS = dict(plain={}, refresh=dict(refresh=1), balance=dict(balance='gradient', 
 def test_a_run_with_soft_masks_goes_on_as_if_it_had_not_stopped(way, data, store, frames, tmp_path):
     options = dict(features=store, unlabelled=frames) | SHORT | dict(epochs=(1, 2, 1)) | WAYS[way]
     whole = train(data, tmp_path/'whole', **options)
-    with pytest.raises(KeyboardInterrupt): train(data, tmp_path/'stopped', cbs=[Stop()], **options)
-    assert len(read_log(tmp_path/'stopped')) == 2
+    with pytest.raises(KeyboardInterrupt): train(data, tmp_path/'stopped', cbs=[Stop(3)], **options)
+    assert len(read_log(tmp_path/'stopped')) == 3
     assert_same_run(resume(tmp_path/'stopped', device='cpu'), whole)
     assert ('soft' in read_log(whole)) == (way != 'no_soft_masks')
 
