@@ -404,13 +404,13 @@ def test_a_map_that_is_not_finite_is_named_and_made_again(value, where, store, f
 
 def test_a_target_that_is_not_finite_is_made_again(store, frames):
     images = list_images(frames/'six')
-    targets = build_targets(FeatureStore(store), images, (4, 4), 8)
+    targets = build_targets(FeatureStore(store), images, (4, 4), 8, TargetConfig(components=8))
     before, edit = targets[2], zarr.open_group(targets.path, mode='r+')['targets']
     spoilt = edit[2]
     spoilt[200] = np.nan
     edit[2] = spoilt
     with pytest.raises(DamagedError, match=f'target of .*{images[2].name}: damaged'): targets[2]
-    assert np.array_equal(build_targets(FeatureStore(store), images, (4, 4), 8)[2], before)
+    assert np.array_equal(build_targets(FeatureStore(store), images, (4, 4), 8, TargetConfig(components=8))[2], before)
 
 
 @pytest.mark.parametrize('name', ['', 'zarr.json', 'ZARR.json', '.zarray', '.zgroup', '..', '../coarse', 'a/../b', None], ids=repr)

@@ -141,13 +141,14 @@ def _unit_scales(
     return tuple(variance**-.5 if variance > 1e-10 else 1. for variance in variances)
 
 # %% ../../nbs/05_targets/03_latent.ipynb #a10f59a9
-def _predictable(store, images, builder, most:int=400) -> tuple: # numbers of components, dict of their R²
+def _predictable(store, images, hashes, builder, most:int=400) -> tuple: # numbers of components, dict of their R²
     "Which components of the targets can be told from images that were held out."
     if any(isinstance(image, bytes) for image in images): raise InputError('components auto: needs the images, not their hashes')
-    seen = images[::-(-len(images)//most)]
+    step = -(-len(images)//most)
+    seen, digests = images[::step], hashes[::step]
     looks = [image_features(image) for image in tqdm(seen, desc='looking at images', unit='image', leave=False)]
-    target = lambda image: builder([_features(store, teacher, image) for teacher in builder.fitted['teachers']])
-    pairs = lambda k, grid: ((resize(look, grid, antialias=True), target(image)[k]) for look, image in zip(looks, seen))
+    target = lambda digest: builder([_features(store, teacher, digest) for teacher in builder.fitted['teachers']])
+    pairs = lambda k, grid: ((resize(look, grid, antialias=True), target(digest)[k]) for look, digest in zip(looks, digests))
     return predictable([held_out_errors(pairs(k, grid), len(seen)) for k, grid in enumerate(builder.grids)])
 
 # %% ../../nbs/05_targets/03_latent.ipynb #208f20bc
@@ -164,7 +165,7 @@ def _fit_builder(store, teachers, hashes, grids, channels, config, images) -> Ta
         return TargetBuilder(list(weight.split(sizes, 1)), bias, field, grids, config, teacher_gram(basis, sizes), teachers=teachers, **found)
     builder = project()
     if config.components != 'auto' or config.projection != 'pca': return builder
-    kept, r2 = _predictable(store, images, builder)
+    kept, r2 = _predictable(store, images, hashes, builder)
     builder = project(keep=kept)
     builder.fitted |= dict(kept=kept, held_out_r2=r2)
     return builder
