@@ -32,7 +32,7 @@ TOUCHES = ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'os.truncat
 def servers():
     "Processes that have imported the library and done nothing else yet."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['polyp_difom.features.extract'])
+    context.set_forkserver_preload(['polyp_difom.features.extract', 'polyp_difom.training.runs'])
     return context
 
 
