@@ -18,7 +18,8 @@ from polyp_difom.teachers.base import Teacher
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score, learner_tensors,
                                             load_callback_tensors, phase_restarts)
 from polyp_difom.training.learner import load_learner_tensors
-from polyp_difom.training.losses import OutputLoss, confidence, latent_loss, relational_kl_loss, segmentation_loss, soft_mask_loss
+from polyp_difom.targets.soft_masks import confidence
+from polyp_difom.training.losses import OutputLoss, latent_loss, relational_kl_loss, segmentation_loss, soft_mask_loss
 from polyp_difom.training.teaching import EMATeacher, HeadroomWatch, LiveTeacher, NothingToTeach
 
 STUDENTS = {'unet': dict(width=4), 'unetpp': dict(width=4), 'pranet': {}, 'emcadnet': dict(backbone='pvt_v2_b0'), 'smp/Unet-resnet18': {}}

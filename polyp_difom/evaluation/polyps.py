@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import label
 
 from ..core import InputError
-from .metrics import minmax_map, plain_overlap
+from .metrics import minmax_map, score_map
 
 # %% ../../nbs/10_evaluation/02_polyps.ipynb #9ee74b0a
 FLOOR = 1e-4 # of the frame: smaller parts are specks
@@ -41,11 +41,6 @@ def count_found(
 # %% ../../nbs/10_evaluation/02_polyps.ipynb #fb99fb53
 RECORD = ('mDice', 'Dice_05', 'area', 'empty_prediction', 'polyps', 'found', 'false')
 
-def _protocol_dice(saved, mask) -> float: # `saved` is (H, W) uint8 as from `minmax_map`
-    "mDice as from `score_map`, by histograms."
-    hits, chosen = (np.bincount(pixels, minlength=256)[::-1].cumsum() for pixels in (saved[mask], saved.ravel()))
-    return float((2*hits/np.maximum(chosen + int(mask.sum()), 1)).mean())
-
 def image_record(
     probability:np.ndarray, # (H, W) float in [0, 1], at the mask's size
     mask:np.ndarray, # (H, W) bool
@@ -54,7 +49,7 @@ def image_record(
     "What is kept of one image beside the scores of its set. Raises `InputError` if the shapes differ."
     if probability.shape != mask.shape: raise InputError(f'probability {probability.shape} and mask {mask.shape} must have one shape')
     predicted = probability >= 0.5
-    scores = scores or dict(mDice=_protocol_dice(minmax_map(probability), mask), Dice_05=plain_overlap(predicted, mask)[0])
+    scores = scores or score_map(minmax_map(probability), mask, probability)[0]
     polyps, found, false = count_found(predicted, mask)
     return dict(mDice=scores['mDice'], Dice_05=scores['Dice_05'], area=float(mask.mean()), empty_prediction=not predicted.any(),
                 polyps=polyps, found=found, false=false)

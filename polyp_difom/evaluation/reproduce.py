@@ -237,19 +237,16 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, device) -
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #e3d24996
 def _work(recipe, sources, jobs, out, device, say):
     "Do the jobs that nobody else does."
-    sets, seconds = _sets(sources), []
+    sets = _sets(sources)
+    for folder in ('locks', 'logs'): (out/folder).mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if _is_done(job, recipe, out): continue
         lock = FileLock(out/'locks'/f'{_slug(job.place)}.lock')
-        lock.lock_file and Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(timeout=0)
         except Timeout: continue
         try:
             if _is_done(job, recipe, out): continue
-            log = out/'logs'/f'{_slug(job.place)}.log'
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, 'a') as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, device)
-            seconds.append(result['seconds'])
+            with open(out/'logs'/f'{_slug(job.place)}.log', 'a') as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, device)
             left = [one for one in jobs if not _result(one, out).exists()]
             say(f'{job.student} · {job.arm} · seed {job.seed}: {_summary(result)}; {len(left)} of {len(jobs)} runs left{_time_left(left, out)}')
         finally: lock.release()

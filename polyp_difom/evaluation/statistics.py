@@ -22,6 +22,7 @@ from scipy.stats import nct, norm, t as student_t, wilcoxon
 
 from ..core import InputError, atomic_path, file_hash, name_some, parallel_map
 from ..data.images import read_image
+from ..data.sequences import clinicdb_sequence
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #11f4a3d2
 _SETS = {'Kvasir': range(40), 'CVC-ClinicDB': range(5, 613, 10), 'CVC-ColonDB': range(1, 121), 'PolypGen-C6': range(60)} # image numbers
@@ -58,7 +59,6 @@ def synthetic_results(
                  sets=make(gain, rng.normal(0, luck))) for arm, gain in (dict(undistilled=0) | gains).items() for s in range(seeds)]
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #0e29bd1c
-_CLINIC_ENDS = (25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317, 342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612)
 _POLYPGEN = (r'(\d+OLCV\d+)_', r'(?i)(seq(?:uence)?_?\d+)', r'(\d+)_endocv', r'(?:^|_)(C\d)(?:_|$)')
 
 def sequence_of(
@@ -67,7 +67,7 @@ def sequence_of(
 ) -> str: # the image's stem where nothing is known
     "The video sequence, or else the hospital, that an image is from."
     stem = Path(image).stem
-    if name.startswith('CVC-ClinicDB') and stem.isdigit() and 1 <= int(stem) <= 612: return f'sequence {1 + np.searchsorted(_CLINIC_ENDS, int(stem))}'
+    if name.startswith('CVC-ClinicDB') and stem.isdigit() and 1 <= int(stem) <= 612: return f'sequence {clinicdb_sequence(int(stem))}'
     if not name.startswith('PolypGen'): return stem
     return next((found[1] for pattern in _POLYPGEN if (found := re.search(pattern, stem))), stem)
 

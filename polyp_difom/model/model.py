@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..core import InputError
 from ..weights import read_tensors, save_tensors
-from ..students.blocks import Student, crop, eval_mode, measure_maps, pad_to_multiple
+from ..students.blocks import Student, crop, eval_mode, imagenet_stats, measure_maps, pad_to_multiple
 from ..students.registry import create_student
 from .config import check_config, make_fitting
 from .latents import FoundationalFusion, LatentHeads, TrainingHeads, choose_stage, find_stages, output_of
@@ -40,8 +39,8 @@ class PolypDiFoM(nn.Module):
         self.widths, strides = measure_maps(student)
         self.multiple, self.stride = max(strides), strides[-1]
         self.bottleneck = nn.Identity() # shows the deepest map to a hook
-        self.register_buffer('mean', torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None], persistent=False)
-        self.register_buffer('std', torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None], persistent=False)
+        self.register_buffer('mean', torch.tensor(imagenet_stats[0])[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(imagenet_stats[1])[:, None, None], persistent=False)
         self.latents = None
         if latents == 'paper': self._add_paper_latents(channels)
         if latents == 'free':

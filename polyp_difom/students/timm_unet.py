@@ -12,16 +12,14 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError, check_number
-from .blocks import Student, register_student, timm_encoder
+from .blocks import Student, imagenet_stats, register_student, timm_encoder
 
 # %% ../../nbs/04_students/04a_timm_unet.ipynb #8c67bb63
-_imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # mean and standard deviation of RGB in 0..1
-
 class Renormalise(nn.Module):
     "Images normalised with ImageNet's mean and deviation -> with the backbone's own."
     def __init__(self, mean, std): # three numbers each, of RGB in 0..1
         super().__init__()
-        ours, spread, mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (*_imagenet, mean, std))
+        ours, spread, mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (*imagenet_stats, mean, std))
         self.register_buffer('factor', spread/std, persistent=False)
         self.register_buffer('offset', (ours - mean)/std, persistent=False)
 

@@ -7,9 +7,9 @@ __all__ = ['threshold_dice', 'measure_headroom', 'headroom_line', 'FeatureDecode
            'FoldedTeacher', 'adapted_teacher', 'adapt']
 
 # %% ../../nbs/07_training/05_adapt.ipynb #82d86aa0
-import copy, json, random, time
+import copy, json, time
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -30,19 +30,20 @@ from tqdm import tqdm
 
 from ..weights import check_fields, of_type, read_tensors, whole_number
 from ..data.images import Layout, read_image, read_mask, train_pairs
-from ..data.loaders import PolypDataset, draw_folds, take_labels
+from ..data.loaders import PolypDataset, StepLoader, draw_folds, take_labels
 from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import DoubleConv, encoder_modules
 from ..students.registry import create_student
+from ..targets.projection import resize
 from ..teachers.base import Teacher, register_teacher
 from ..teachers.registry import create_teacher
 from ..model.config import make_fitting
-from ..model.model import load_model, predict_logits, save_model, to_map
+from ..model.model import load_model, predict_logits, to_map
 from .losses import OutputLoss
 from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
-from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train
+from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train, write_config, write_files
 
 # %% ../../nbs/07_training/05_adapt.ipynb #4661faae
 def threshold_dice(
@@ -137,20 +138,18 @@ class FeatureDecoder(nn.Module):
 
     def decode(self, *maps): # (B, C_k, h_k, w_k) of each teacher -> (B, 1 + width, size/4, size/4): logits, and what they were made of
         finest = tuple(max(m.shape[i] for m in maps) for i in (-2, -1))
-        x = sum(_resize(join(m), finest) for join, m in zip(self.join, maps)).relu()
-        x = self.fine(_resize(self.coarse(x), (self.size//4,)*2))
+        x = sum(resize(join(m), finest) for join, m in zip(self.join, maps)).relu()
+        x = self.fine(resize(self.coarse(x), (self.size//4,)*2))
         return torch.cat([self.head(x), x], 1)
 
-    def forward(self, *maps): return _resize(self.decode(*maps)[:, :1], (self.size,)*2)
-
-def _resize(x, size:tuple): return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+    def forward(self, *maps): return resize(self.decode(*maps)[:, :1], (self.size,)*2)
 
 # %% ../../nbs/07_training/05_adapt.ipynb #b878cc39
 class _StoredMaps:
     "Of each labelled image a map of each teacher, and its mask."
     def __init__(self, pairs:list, store:FeatureStore, teachers:list, size:int, allow_empty:bool, above:int):
         self.store, self.teachers, masks = store, teachers, PolypDataset(pairs, size, None, allow_empty, above)
-        self.pairs, self.masks, self.image_hashes, self.fingerprint = pairs, masks.masks, masks.image_hashes, masks.fingerprint
+        self.pairs, self.masks, self.image_hashes, self.fingerprint, self.n_labelled = pairs, masks.masks, masks.image_hashes, masks.fingerprint, len(pairs)
         store.check_images([pair.image for pair in pairs], teachers)
 
     def __len__(self): return len(self.pairs)
@@ -169,24 +168,13 @@ def _flipped(batch):
         batch = tuple(torch.where(chosen, x.flip(axis), x) for x in batch)
     return batch
 
-class _StepLoader(DataLoader):
-    "A loader whose epoch has a number of batches; each image comes as often as any other, but for one time."
-    def __init__(self, dataset, bs:int, steps:int, **options):
-        bs = min(bs, len(dataset))
-        super().__init__(dataset, bs, n=bs*(steps or len(dataset)//bs), drop_last=True, **options)
-
-    def get_idxs(self):
-        order, every = [], range(len(self.dataset))
-        while len(order) < self.n: order += self.rng.sample(every, len(every))
-        return order[:self.n]
-
 # %% ../../nbs/07_training/05_adapt.ipynb #77ab3318
 def _stored_learner(data, store, teachers, layout, config, width:int, device) -> Learner:
     "A decoder and its loaders as a fastai learner. Raises `InputError` for whatever does not fit."
     parts = [_StoredMaps(pairs, store, teachers, config.size, config.allow_empty, layout.mask_above) for pairs in split_labelled(data, layout, config)]
     torch.manual_seed(config.seed)
     model = FeatureDecoder([store.array(teacher).shape[1] for teacher in teachers], config.size, width)
-    dls = DataLoaders(_StepLoader(parts[0], config.batch_size, config.steps, after_batch=_as_floats if config.augment == 'none' else _flipped, device=device),
+    dls = DataLoaders(StepLoader(parts[0], config.batch_size, config.steps, after_batch=_as_floats if config.augment == 'none' else _flipped, device=device),
                       DataLoader(parts[1], bs=config.batch_size, after_batch=_as_floats, device=device), device=device)
     dls.n_inp = len(teachers)
     return Learner(dls, model, OutputLoss(config.loss or 'bce-dice'), opt_func=adam, metrics=dice_score, cbs=EpochSeed(config.seed))
@@ -207,10 +195,8 @@ def _write_record(out:Path, learn, settings:dict, data, features):
     parts = dict(train=learn.dls.train.dataset, valid=learn.dls.valid.dataset)
     record = dict(settings=settings, fingerprints={part: dataset.fingerprint for part, dataset in parts.items()}, data=str(Path(data).absolute()),
                   features=str(features), versions=dict(polyp_difom=__version__, torch=torch.__version__), started=time.strftime('%Y-%m-%d %H:%M:%S'))
-    rows = [dict(part=part, image=printable(pair.image), mask=printable(pair.mask), image_hash=digest)
-            for part, dataset in parts.items() for pair, digest in zip(dataset.pairs, dataset.image_hashes)]
-    with disk_full_error(out), atomic_path(out/'files.csv') as path: pd.DataFrame(rows).to_csv(path, index=False)
-    with disk_full_error(out), atomic_path(out/'config.json') as path: path.write_text(json.dumps(record, indent=1))
+    write_files(out, learn)
+    write_config(out, record)
 
 # %% ../../nbs/07_training/05_adapt.ipynb #e6df2740
 def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
@@ -271,7 +257,7 @@ def _find_stage(
     found = [(padded//x.shape[-1], name, x) for name, x in found if torch.is_tensor(x) and x.ndim == 4 and padded % x.shape[-1] == 0]
     stride = min((stride for stride, _, x in found if stride >= 4 and x.shape[1] > 1), default=0)
     if not stride or size % stride: raise InputError(f'{run}: no maps of stride 4 and above in its decoder at {size} pixels; adapt a backbone at a multiple of 32')
-    heads = [name for s, name, x in found if s == stride and x.shape[1] == 1 and torch.allclose(_resize(x, (padded,)*2)[..., :size, :size], logits, atol=1e-4)]
+    heads = [name for s, name, x in found if s == stride and x.shape[1] == 1 and torch.allclose(resize(x, (padded,)*2)[..., :size, :size], logits, atol=1e-4)]
     return stride, [name for s, name, x in found if s == stride and x.shape[1] > 1][-1], heads[-1] if heads else None
 
 # %% ../../nbs/07_training/05_adapt.ipynb #8eb7b069

@@ -22,7 +22,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 
 from ..students.blocks import encoder_modules, encoder_parameters
-from .losses import align_latent, confidence, find_distances, find_loss, soft_losses, soft_mask_loss
+from ..targets.soft_masks import confidence
+from .losses import align_latent, find_distances, find_loss, soft_losses, soft_mask_loss
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #56d66601
 def dice_score(
@@ -104,8 +105,7 @@ def read_extras(
     parts # what a batch holds behind image and mask: nothing, or a dict of `low`, `high`, `soft`, `labelled`
 ) -> dict:
     "What a batch brings besides image and mask."
-    if not parts: return {}
-    return parts[0] if isinstance(parts[0], dict) else dict(low=parts[0][:, 0], high=parts[0][:, 1]) # (B, 2, C, h, w): both on one grid
+    return parts[0] if parts else {}
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #951bc900
 class Distillation(TrainColumns):
@@ -305,8 +305,7 @@ def taught(
     dl # a loader
 ) -> list: # of `l1`, `l2`, `soft`
     "What the batches of a loader bring to be learnt."
-    parts = list(dl.dataset[0][2:])
-    held = read_extras([part if isinstance(part, dict) else torch.as_tensor(part)[None] for part in parts])
+    held = read_extras(dl.dataset[0][2:])
     return [name for name, part in dict(**_targets_of, soft='soft').items() if part in held]
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #69ee704f

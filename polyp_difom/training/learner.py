@@ -182,12 +182,14 @@ class TrainConfig:
         if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
         self.distillation(soft=True)
 
-    def distillation(self,
-        soft:bool # are there soft masks?
-    ) -> Distillation:
-        "The callback of a run."
-        same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
-        return Distillation(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
+# %% ../../nbs/07_training/03_learner.ipynb #d157a11a
+@patch
+def distillation(self:TrainConfig,
+    soft:bool # are there soft masks?
+) -> Distillation:
+    "The callback of a run."
+    same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
+    return Distillation(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
 presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False)}

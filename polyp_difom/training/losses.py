@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['losses', 'latent_losses', 'high_losses', 'soft_losses', 'find_loss', 'output_loss', 'OutputLoss', 'align_latent',
-           'find_distances', 'latent_loss', 'confidence', 'soft_mask_loss']
+           'find_distances', 'latent_loss', 'soft_mask_loss']
 
 # %% ../../nbs/07_training/01_losses.ipynb #c0e993ff
 from functools import partial
@@ -217,15 +217,10 @@ def logit_mse(
 # %% ../../nbs/07_training/01_losses.ipynb #48423a88
 soft_losses = {'bce-dice': soft_bce_dice, 'logit-mse': logit_mse}
 
-def confidence(
-    soft # probability in 0..1
-): # the same shape, 0 where the teacher does not know, 1 where it is sure
-    return (2*soft - 1).abs()
-
 def soft_mask_loss(
     logits, # (B, 1, H, W), or a list of side outputs, whose losses are summed
     soft, # (B, 1, H, W), the teacher's probability in 0..1
-    weight=None, # (B, 1, H, W) of each pixel, as `confidence`; if None all count alike
+    weight=None, # (B, 1, H, W) of each pixel, as `targets.soft_masks.confidence`; if None all count alike
     loss='bce-dice' # a name of `soft_losses`, or any callable of (logits, soft, weight)
 ): # scalar
     "Distance of a student's logits to a teacher's soft masks. Raises `InputError` for an unknown name."
