@@ -125,7 +125,7 @@ def parts_of(builder, store, images): # LFC (N, C, h, w), HFC
     return [torch.stack(part) for part in zip(*(builder([torch.from_numpy(store.read('filterbank', image))]) for image in images))]
 
 
-@pytest.mark.parametrize('config', [TargetConfig(), TargetConfig(split='gaussian', standardise='layer'), TargetConfig(pad='periodic', antialias=False)], ids=['default', 'soft', 'periodic'])
+@pytest.mark.parametrize('config', [SIXTEEN, TargetConfig(split='gaussian', components=16), TargetConfig(pad='periodic', antialias=False, components=16)], ids=['default', 'soft', 'periodic'])
 def test_each_part_has_unit_variance_on_its_own_grid(config, data, features):
     store, images = FeatureStore(features), images_of(data)
     builder = fit_targets(store, images, ((3, 4), (9, 8)), 16, config)
@@ -201,7 +201,7 @@ def test_components_are_those_that_can_be_told_from_held_out_images(data, tmp_pa
 def test_further_images_have_targets_that_nothing_was_fitted_to(data, features):
     store, images = FeatureStore(features), images_of(data)
     learnt, held = images[:10], images[10:]
-    alone, together, everything = build_targets(store, learnt, **GRID, config=SIXTEEN), build_targets(store, learnt, **GRID, more=held), build_targets(store, images, **GRID)
+    alone, together, everything = build_targets(store, learnt, **GRID, config=SIXTEEN), build_targets(store, learnt, **GRID, config=SIXTEEN, more=held), build_targets(store, images, **GRID, config=SIXTEEN)
     assert len({alone.path, together.path, everything.path}) == 3 and (len(alone), len(together)) == (10, 16)
     for i in range(10): assert all(map(np.array_equal, alone[i], together[i]))
     assert not np.array_equal(together[12][0], everything[12][0])
