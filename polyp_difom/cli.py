@@ -225,6 +225,7 @@ def _train(
     projection_seed:Annotated[int, _option('Of a random projection.', _DISTIL)]=0,
     latents:Annotated[Optional[str], _option('paper: L1 and L2 at the bottleneck, feeding the decoder; free: heads in training only, HFC at the stage that holds it.', _DISTIL)]=None,
     high_at:Annotated[str, _option('With --latents free, where HFC is learnt: decoder or encoder.', _DISTIL)]='decoder',
+    fusion:Annotated[str, _option('Of the teachers into targets: frozen, or trainable as published, a control whose targets may collapse.', _DISTIL)]='frozen',
     balance:Annotated[str, _option('fixed weights, or gradient: shares of the segmentation loss\'s gradient.', _DISTIL)]='fixed',
     warm_heads:Annotated[Optional[bool], _option('In phase I the heads learn on detached features.', _DISTIL, '--warm-heads/--no-warm-heads')]=None,
     ramp:Annotated[int, _option('Epochs over which the weights rise, from the start of phase II.', _DISTIL)]=0,

@@ -18,20 +18,20 @@ from polyp_difom.data.images import list_pairs, train_folder
 from polyp_difom.data.loaders import PolypDataset, load_pair, polyp_dataloaders, split_pairs
 from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
-from polyp_difom.published import square_window_low
+from polyp_difom.targets.trainable_fusion import RawMaps, TrainableFusion, square_window_low
 from polyp_difom.targets.frequency import split_frequency, splits
 from polyp_difom.training.losses import output_loss
 from polyp_difom.model.model import PolypDiFoM
 from polyp_difom.published import PublishedUNetPlusPlus
 from polyp_difom.students.registry import create_student
-from polyp_difom.published import RawMaps, TrainableFusion
 from polyp_difom.targets.latent import TargetBuilder, TargetConfig, TargetStore, build_targets, fit_targets, paper_targets
 from polyp_difom.targets.predictability import mean_map_r2
 from polyp_difom.targets.soft_masks import SoftMasks, teacher_dice
 from polyp_difom.targets.projection import phi_s, projections, resize, standardisations
-from polyp_difom.published import PublishedDistillation
+from polyp_difom.training.callbacks import PublishedDistillation
 from polyp_difom.training.callbacks import Distillation, PhaseSchedule, adam, dice_score
-from polyp_difom.training.runs import train
+from polyp_difom.training.runs import resume, train
+from safetensors import safe_open
 from safetensors.torch import save_file
 import zarr
 
@@ -391,3 +391,15 @@ def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_t
     moved = {phase: [not torch.equal(a, b) for a, b in zip(before, now)] for phase, now in learn.seen.weights.items()}
     assert moved == {1: [False, False], 2: [published, published]}
     assert learn.seen.target[2].requires_grad == published
+
+
+@pytest.mark.parametrize('latents', ['paper', 'free'])
+def test_a_run_with_the_published_fusion_resumes_exactly_and_keeps_the_student_alone(latents, data, two_teachers, tmp_path):
+    given = SHORT | dict(fusion='trainable', latents=latents, schedule='constant', lr=1e-3, features=two_teachers.path)
+    whole, half = train(data, tmp_path/'whole', **given | dict(epochs=(0, 2, 0))), train(data, tmp_path/'half', **given)
+    assert json.loads((whole/'config.json').read_text())['fingerprints']['targets'] == 'raw maps of ' + ', '.join(two_teachers.teachers)
+    assert any('teacher_fusion' in name for name in safe_open(half/'last.safetensors', 'pt').keys())
+    assert not any(name.startswith(('teacher_fusion', 'latents') if latents == 'free' else 'teacher_fusion') for name in safe_open(half/'best.safetensors', 'pt').keys())
+    resume(half, epochs=(0, 2, 0))
+    for a, b in zip(*(csv.DictReader((run/'log.csv').open()) for run in (half, whole))):
+        assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}

@@ -132,9 +132,9 @@ def create_model(
 
 # %% ../../nbs/06_model/02_model.ipynb #9bb7ad4a
 def save_model(model:PolypDiFoM, path):
-    "Weights and configuration in one file; of a student with free latents the plain student."
-    weights = model.state_dict()
-    if model.kind == 'free': weights = {name: tensor for name, tensor in weights.items() if not name.startswith('latents.')}
+    "Weights and configuration in one file; of a student with free latents the plain student, and never a part of the teachers' side."
+    gone = ('teacher_fusion.', 'latents.') if model.kind == 'free' else ('teacher_fusion.',) # after training
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(gone)}
     save_tensors(weights, path, model.config)
 
 def load_model(

@@ -231,6 +231,14 @@ def after_train(self:Distillation):
         raise InputError(f'soft {self.soft}: no batch had {"unlabelled rows with " if self.soft_on == "unlabelled" else ""}soft masks; add frames, or give '
                          + ("soft_on='all'" if self.soft_on == 'unlabelled' else 'soft=0'))
 
+# %% ../../nbs/07_training/02_callbacks.ipynb #5aba9813
+class PublishedDistillation(Distillation):
+    "Distillation as in the authors' notebook: `model.teacher_fusion`, a `TrainableFusion`, makes the targets of a batch from `RawMaps`, and learns."
+    name = 'distillation' # where `TargetWatch` looks
+    def before_batch(self):
+        super().before_batch()
+        if 'low' in self.extras: self.extras = self.extras | dict(zip(('low', 'high'), self.model.teacher_fusion(self.extras['low'].float()).unbind(1)))
+
 # %% ../../nbs/07_training/02_callbacks.ipynb #ba6462fa
 @patch
 def measure(self:Distillation,

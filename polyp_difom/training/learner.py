@@ -25,7 +25,7 @@ from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
 from .teaching import HeadroomWatch
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
@@ -128,6 +128,7 @@ _allowed = { # field -> what to give, and whether a value is that
     'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
     'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
     'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
+    'fusion': ('frozen or trainable', lambda v: v in ('frozen', 'trainable')),
     'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),
     **dict.fromkeys(('shuffled', 'warm_heads', 'supervised_last', 'confident'), ('True or False', lambda v: isinstance(v, bool))), 'refresh': ('a whole number from 0', is_whole),
     'mixup': ('a number from 0', lambda v: is_number(v, 0)),
@@ -159,6 +160,7 @@ class TrainConfig:
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
     latents:str='paper' # at the bottleneck, feeding the decoder; or `free`: heads in training only, HFC at the stage that holds it
     high_at:str='decoder' # or `encoder`: where HFC is learnt with `latents='free'`
+    fusion:str='frozen' # of the teachers into targets; or `trainable`: the published one, which learns along and may make its target easy: a control
     balance:str='fixed' # weights as they are, or `gradient`: shares of the segmentation loss's gradient
     warm_heads:bool=False # in phase I the heads learn on detached features
     ramp:int=0 # epochs over which the weights of L1, L2 and soft masks rise, from the start of phase II
@@ -178,7 +180,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
-            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at") else "give"} {allowed}')
+            if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at", "fusion") else "give"} {allowed}')
         if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
         self.distillation(soft=True)
 
@@ -189,7 +191,8 @@ def distillation(self:TrainConfig,
 ) -> Distillation:
     "The callback of a run."
     same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
-    return Distillation(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
+    kind = PublishedDistillation if self.fusion == 'trainable' else Distillation
+    return kind(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
 presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False)}

@@ -32,8 +32,9 @@ from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
-from ..targets.latent import TargetConfig, TargetStore, build_targets
+from ..targets.latent import TargetConfig, TargetStore, build_targets, find_field
 from ..targets.soft_masks import SoftMasks, adapted_teachers
+from ..targets.trainable_fusion import RawMaps, TrainableFusion
 from ..model.model import PolypDiFoM, amp_dtype, save_model
 from .losses import OutputLoss, latent_losses, losses
 from .callbacks import EpochLog, EpochSeed, dice_score, learner_tensors
@@ -190,17 +191,17 @@ def _shuffle(signal:_Signal, seed:int) -> _Signal:
     return signal._replace(targets=signal.targets and _Reordered(signal.targets, order), soft=None if signal.soft is None else signal.soft[order])
 
 # %% ../../nbs/07_training/04_runs.ipynb #896e6721
-def _targets(store, images:tuple, hashes:tuple, model, target_config, size:int) -> tuple: # `TargetStore` of the training part, of the validation part
-    "Made of the training part, for both."
-    shapes = [store.array(teacher).shape[2:] for teacher in store.check_teachers(target_config.teacher)]
-    grids = model.target_grids(size, tuple(map(max, zip(*shapes))))
+def _targets(store, images:tuple, hashes:tuple, model, target_config, config) -> tuple: # of the training part, of the validation part
+    "Made of the training part, for both; or the teachers' maps, of which a fusion makes targets that learns."
+    grids = model.target_grids(config.size, find_field(store, store.check_teachers(target_config.teacher)))
+    if config.fusion == 'trainable': return tuple(RawMaps(store, part, target_config.teacher) for part in images)
     made = build_targets(store, images[0], grids, model.latents.channels, target_config, more=images[1])
     return tuple(TargetStore(made.path, part, grids, known) for part, known in zip(images, hashes))
 
 def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
     "Targets where latents learn them, soft masks where a teacher in the store gives them."
     hashes = [parallel_map(file_hash, part, 'reading') for part in images]
-    targets = _targets(store, images, hashes, model, target_config, config.size) if model.distilled else (None, None)
+    targets = _targets(store, images, hashes, model, target_config, config) if model.distilled else (None, None)
     wanted = bool(adapted_teachers(store)) if config.soft_masks is None else config.soft_masks
     chosen = [teacher for teacher in store.check_teachers(target_config.teacher) if teacher in adapted_teachers(store)] # of several, the one that was named
     soft = [SoftMasks(store, part, chosen[0] if len(chosen) == 1 else None).at(config.size) for part in images] if wanted else (None, None)
@@ -219,6 +220,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
+    if config.fusion == 'trainable' and model.distilled: model.teacher_fusion = TrainableFusion(signals[0].targets.channels, model.latents.channels)
     parts = [PolypDataset(pairs, config.size, signal.targets, config.allow_empty, layout.mask_above, others, signal.soft)
              for pairs, others, signal in ((train_part, unlabelled, signals[0]), (valid_part, (), signals[1]))]
     for part, signal in zip(parts, signals):
@@ -251,7 +253,7 @@ def _fingerprints(learn) -> dict:
     "What the data of a run are known by."
     train_part, valid_part = learn.dls.train.dataset, learn.dls.valid.dataset
     return {'training images': train_part.fingerprint, 'validation images': valid_part.fingerprint,
-            'targets': train_part.targets and train_part.targets.path.name, 'soft masks': train_part.soft_fingerprint,
+            'targets': train_part.targets and train_part.targets.fingerprint, 'soft masks': train_part.soft_fingerprint,
             'live teacher': next((_live_fingerprint(cb.teacher) for cb in learn.cbs if isinstance(cb, LiveTeacher)), None)}
 
 def _live_fingerprint(teacher) -> str: return bytes_hash(json.dumps(teacher.provenance, sort_keys=True, default=str).encode()).hex()
