@@ -262,7 +262,6 @@ def _train(
 ):
     "Train a student in three phases, or undistilled. The best epoch is chosen on a validation part, never on a test set."
     given = _given(context)
-    import polyp_difom.published # adds the authors' window to the splits
     from polyp_difom.training.runs import summary_lines
     for line in summary_lines(_resume(given) if resume else _train_new(given)): _say(line)
 
@@ -359,6 +358,8 @@ def _reproduce(
     features:Annotated[Optional[str], typer.Option(help='Feature store of foundation models, where the recipe distils from these.')]=None,
     unlabelled:Annotated[Optional[str], typer.Option(help='Frames without masks, where the recipe needs some.')]=None,
     test:Annotated[Optional[List[str]], typer.Option(help='A further data set to be tested on. May be given several times.')]=None,
+    sequences:Annotated[Optional[Path], typer.Option(help='CSV file with the columns image and sequence (or patient), and set where names occur in several: intervals go by these.')]=None,
+    maps:Annotated[Optional[List[Path]], typer.Option(help='Saved 8-bit maps of a further method, a folder for each test set: a row of the tables. May be given several times.')]=None,
     seeds:Annotated[Optional[List[int]], typer.Option(help='Some seeds, instead of the recipe\'s. May be given several times.', min=0)]=None,
     students:Annotated[Optional[List[str]], typer.Option(help='Some of the recipe\'s students. May be given several times.')]=None,
     arms:Annotated[Optional[List[str]], typer.Option(help='Some of its arms. May be given several times.')]=None,
@@ -369,9 +370,9 @@ def _reproduce(
     "Make the runs of a comparison, arms that differ in one thing each, and report them with intervals."
     from polyp_difom.evaluation.reproduce import reproduce
     if json_file: _check_json(json_file, True)
-    summary = reproduce(recipe, data, out, record=json_file, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
+    summary = reproduce(recipe, data, out, record=json_file, tests=test or (), unlabelled=unlabelled, backbone=backbone, features=features, sequences=sequences, maps=maps or (), seeds=seeds, students=students, arms=arms, workers=workers, device=device, say=_say)
     _say(summary['verdict'])
-    _say(f'report: {out/"report"/"report.md"}')
+    if 'differences' in summary: _say(f'report: {out/"report"/"report.md"}')
 
 # %% ../nbs/13_cli.ipynb #d339f07b
 @app.command('predict')

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..core import InputError, atomic_path, disk_full_error, printable
+from ..core import InputError, name_some, atomic_path, disk_full_error, printable
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
 from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, sequence_of, set_names, summarise, unseen_sets, write_summary
@@ -152,24 +152,24 @@ def paper_table(
     return [header, *(_paper_rows(sets) if set(sets) & set(_paper_sets) else []), *saved, *rows]
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #ab4220b5
-def _find_masks(masks:Path, name:str) -> Path:
+def _find_masks(masks:list, name:str) -> Path:
     "The masks of a set, as the benchmark lays them out or in a folder of its name."
-    found = next((inside for inside in (masks/'TestDataset'/name/'masks', masks/name/'masks', masks/name) if inside.is_dir()), None)
-    if found is None: raise InputError(f'{masks}: no masks for the maps of {name}; expected {name}/masks in it')
+    found = next((inside for folder in masks for inside in (folder/'TestDataset'/name/'masks', folder/name/'masks', folder/name) if inside.is_dir()), None)
+    if found is None: raise InputError(f'{name_some(masks, 3)}: no masks for the maps of {name}; expected {name}/masks in it')
     return found
 
 def row_from_maps(
     folder, # of saved 8-bit maps, or of a folder of them for each set
-    masks, # folder of masks, or of a data set
+    masks, # folder of masks, or of a data set, or several of these
     name:str=None, # of the method; the folder's name otherwise
     above:int=128 # polyp where the mask is brighter
 ) -> dict: # method, sets: set -> scores as from `score_folder`
     "A row for a method that is known by its saved maps only. Raises `InputError` as `score_folder` does."
-    folder, masks = Path(folder), Path(masks)
+    folder, masks = Path(folder), [Path(one) for one in ([masks] if isinstance(masks, (str, Path)) else masks)]
     if not folder.is_dir(): raise InputError(f'{folder} is not a folder')
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
-    alone = masks.parent.name if masks.name == 'masks' else masks.name
-    sets = {path.name: (path, _find_masks(masks, path.name)) for path in inside} or {alone: (folder, masks)}
+    alone = masks[0].parent.name if masks[0].name == 'masks' else masks[0].name
+    sets = {path.name: (path, _find_masks(masks, path.name)) for path in inside} or {alone: (folder, masks[0])}
     return dict(method=name or folder.name, sets={name: score_folder(maps, of, above=above)[0] for name, (maps, of) in sets.items()})
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #06e099a1
@@ -333,7 +333,7 @@ def _png(figure) -> bytes:
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #3df5b5f7
 _how = (
-    'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of seeds beside images, images drawn by video sequence where it is known. '
+    'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of seeds beside images, images drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
     "The verdict uses intervals that hold for all unseen sets at once with 95 %. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
     'Published rows: 352 px, 120 epochs, all labels, which ours need not be; Em is the maximum of the curve for ours, and not told for theirs.')

@@ -28,8 +28,8 @@ from ..training.runs import resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import score_set, set_result
-from .report import write_report
-from .statistics import Design, find_duplicates, read_results, write_summary
+from .report import row_from_maps, write_report
+from .statistics import Design, find_duplicates, group_alike, group_images, read_result, read_results, read_sequences, write_summary
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -109,6 +109,8 @@ class Sources:
     unlabelled:str = None # folder of frames without masks
     backbone:str = None # `timm/NAME=FILE`, for the adapted teacher and the pretrained student
     features:str = None # store of foundation models
+    sequences:str = None # CSV file that says which images belong together
+    maps:tuple = () # folders of the saved maps of further methods
 
     def check(self, recipe:Recipe, jobs:list):
         needs = {name for job in jobs for name in (job.options.get('features'), 'pretrained' if job.options.get('pretrained') is True and 'student' in job.options else None)}
@@ -201,7 +203,7 @@ def _is_done(job:Job, recipe:Recipe, out:Path) -> bool:
     "Raises `InputError` for a result of other options."
     file = _result(job, out)
     if not file.exists(): return False
-    held, now = json.loads(file.read_text())['configuration'], _configuration(job, recipe)
+    held, now = read_result(file)['configuration'], _configuration(job, recipe)
     different = [f'{key} {held.get(key)} then, {now.get(key)} now' for key in held | now if held.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
     return True
@@ -258,7 +260,7 @@ def _time_left(left:list, out:Path) -> str:
     "About how long the rest takes one worker, from what the runs of each student took."
     took = {}
     for file in (out/'results').rglob('result.json'):
-        told = json.loads(file.read_text())
+        told = read_result(file)
         took.setdefault(told['student'], []).append(told['seconds'] + told['scoring_seconds'])
     known = [sum(took[job.student])/len(took[job.student]) for job in left if job.student in took]
     return f', about {sum(known)*len(left)/len(known)/3600:.1f} h for one worker' if known else ''
@@ -276,34 +278,51 @@ def reproduce(
     seeds=None, students=None, arms=None, # some of the recipe's
     device=None, # the fastest there is if None
     workers:int=None, # processes; one for each core on a CPU, else one
+    sequences=None, # CSV file that says which images belong together, see `read_sequences`
+    maps=(), # folders of saved maps, one for each method that is known by them alone: rows of the tables
     record=None, # JSON file for the summary, with the Dice of every image in NAME.images.json.gz beside it
     say=print # what hears of each finished run
-) -> dict: # summary of all results, see `write_report`
+) -> dict: # summary of all results, see `write_report`; `verdict` alone where there is nothing to compare yet
     "Make the runs of a recipe that are not made yet, and report all of them. Raises `InputError` before anything is made if something is missing."
     recipe, out = recipe if isinstance(recipe, Recipe) else read_recipe(recipe), Path(out)
-    sources = Sources(str(data), tuple(map(str, tests)), unlabelled and str(unlabelled), backbone, features and str(features))
+    places = (value and str(value) for value in (unlabelled, backbone, features, sequences))
+    sources = Sources(str(data), tuple(map(str, tests)), *places, tuple(map(str, maps)))
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
-    _sets(sources)
+    extras = _extras(sources)
     for job in jobs: _check_options(job), _is_done(job, recipe, out)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
     _share_work(recipe, sources, jobs, out, device, workers, say)
-    summary = _report(recipe, sources, out)
-    if record: write_summary(dict(command=_command(recipe, sources, out)) | summary, read_results(out/'results'), record)
-    return summary
+    return _report(recipe, out, _command(recipe, sources, out), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
 def _command(recipe:Recipe, sources:Sources, out:Path) -> str:
     "What makes a grid, or goes on with it."
-    options = [('test', test) for test in sources.tests] + [(name, value) for name in ('unlabelled', 'backbone', 'features') if (value := getattr(sources, name))]
+    options = [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
     return printable(shlex.join(['polyp-difom', 'reproduce', recipe.name, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
 
-def _report(recipe:Recipe, sources:Sources, out:Path) -> dict:
-    "The report of what is there."
-    duplicates = {name: found for name, pairs in _sets(sources).items() if (found := find_duplicates([pair.image for pair in pairs]))}
-    return write_report(read_results(out/'results'), out/'report', Design(twin=recipe.twin), duplicates=duplicates)
+def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
+    "Frames that look alike belong together where nothing is known of their sequences."
+    def unknown(name, images): return len(set(group_images(name, images, known))) == len(images)
+    return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
+
+def _extras(sources:Sources) -> dict: # sequences, duplicates, others: as `write_report` takes them
+    "What the report tells beside the runs. Raises `InputError`."
+    sets, known = _sets(sources), read_sequences(sources.sequences) if sources.sequences else {}
+    others = [row_from_maps(folder, [sources.data, *sources.tests]) for folder in sources.maps]
+    duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
+    return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others)
+
+def _report(recipe:Recipe, out:Path, command:str, extras:dict, record) -> dict:
+    "The report of what is there, as soon as two arms have a seed in common."
+    results = read_results(out/'results')
+    twins = {(r['student'], r['seed']) for r in results if r['arm'] == recipe.twin}
+    if not any(r['arm'] != recipe.twin and (r['student'], r['seed']) in twins for r in results): return dict(verdict=f'nothing to compare yet: no other arm has a seed in common with {recipe.twin}')
+    summary = write_report(results, out/'report', Design(twin=recipe.twin), **extras)
+    if record: write_summary(dict(command=command) | summary, results, record)
+    return summary
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #84490fe1
 def _start_worker(*given):

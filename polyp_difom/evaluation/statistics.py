@@ -6,7 +6,7 @@
 __all__ = ['TOGETHER', 'DISTINCT', 'synthetic_results', 'sequence_of', 'read_sequences', 'group_images', 'find_duplicates',
            'group_alike', 'score_matrix', 'pair_scores', 'bootstrap_means', 'interval', 'seeds_needed',
            'teacher_scores', 'compare', 'Design', 'names_of', 'set_names', 'unseen_sets', 'add_distinct', 'pooled_sets',
-           'differences', 'read_results', 'summarise', 'write_summary']
+           'differences', 'read_result', 'read_results', 'summarise', 'write_summary']
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #2802e21e
 import gzip, json, re
@@ -246,7 +246,7 @@ class Design:
     twin: str = 'undistilled'
     beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks')) # arm, and the arm that it adds to
     controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'random-weight teacher', 'filter bank', 'published trainable fusion')
-    rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost')
+    rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost', 'labels for all')
     seen: tuple = ('Kvasir', 'CVC-ClinicDB') # sets that training images are of
     headroom: float = .03 # sets with less have nothing to teach
     seeds: int = 3 # that a claim takes
@@ -313,7 +313,10 @@ def differences(
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #b5e28bf8
 _NEEDED = ('arm', 'student', 'seed', 'sets')
 
-def _read_result(file) -> dict:
+def read_result(
+    file # `result.json` of a run
+) -> dict:
+    "The result of a run. Raises `InputError` for a file that holds none."
     try: result = json.loads(file.read_text())
     except (OSError, ValueError) as error: raise InputError(f'{file}: no result in it ({error}); remove it and run it again') from None
     if not isinstance(result, dict) or (missing := [key for key in _NEEDED if key not in result]): raise InputError(f'{file}: no {name_some(missing if isinstance(result, dict) else _NEEDED)} in it')
@@ -325,7 +328,7 @@ def read_results(
     "The results of a grid. Raises `InputError` if there are none, one cannot be read, or two are of the same run."
     files = sorted(Path(folder).glob('**/result.json'))
     if not files: raise InputError(f'{folder}: no result.json in it or below it')
-    results, seen = [_read_result(file) for file in files], {}
+    results, seen = [read_result(file) for file in files], {}
     for file, r in zip(files, results):
         key = r.get('recipe'), r['arm'], r['student'], r['seed']
         if key in seen: raise InputError(f'{file} and {seen[key]} are of the same arm, student and seed; remove one')

@@ -1,0 +1,118 @@
+"Grids of runs: made once, gone on with, reported with what the user knows."
+import csv, gzip, json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from polyp_difom.core import InputError
+from polyp_difom.data.images import test_sets as list_sets
+from polyp_difom.data.synthetic import make_synthetic
+from polyp_difom.deploy.predictor import predict_files
+from polyp_difom.evaluation.reproduce import Recipe, Sources, _check_options, list_jobs, list_recipes, read_recipe, reproduce
+from polyp_difom.evaluation.statistics import Design
+from polyp_difom.training.runs import train
+
+TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
+              shared=dict(labels=0.5, size=64, epochs=[0, 2, 0], steps=4, batch_size=4, lr=1e-2, schedule='one-cycle', augment='strong', select='last', valid=0.2),
+              teacher=dict(labels=0.5, size=64, epochs=1, steps=4, batch_size=4, lr=3e-3),
+              arms={'undistilled': {}, 'all': dict(features='adapted', unlabelled=True, soft_masks=True, lambdas=[1, .1, .1])})
+MADE = dict(backbone='timm/mobilenetv2_035,pretrained=False', device='cpu')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return make_synthetic(tmp_path_factory.mktemp('reproduce')/'data', n_train=30, n_test=6, size=(64, 64))
+
+
+@pytest.fixture(scope='module')
+def grid(data, tmp_path_factory):
+    "A grid whose first run was made alone, and the rest by two workers."
+    out = tmp_path_factory.mktemp('grid')/'grid'
+    alone = reproduce(TINY, data, out, seeds=[0], arms=['undistilled'], workers=1, record=out/'early.json', **MADE)
+    assert alone == dict(verdict='nothing to compare yet: no other arm has a seed in common with undistilled') and not (out/'early.json').exists()
+    first = next(out.rglob('result.json'))
+    before = first.stat().st_mtime_ns
+    summary = reproduce(TINY, data, out, workers=2, record=out/'record.json', **MADE)
+    return out, summary, first.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('name', list_recipes())
+def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
+    recipe = read_recipe(name)
+    jobs = list_jobs(recipe)
+    for job in jobs: _check_options(job)
+    assert len({job.place for job in jobs}) == len(jobs) == len(recipe.students)*len(recipe.arms)*len(recipe.seeds)
+    if recipe.preset == 'best': assert not {'undistilled'} ^ {recipe.twin}
+
+
+def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
+    known = {*Design.controls, *Design.rivals, *(name for pair in Design.beside for name in pair), Design.twin}
+    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
+
+
+def test_arms_differ_from_their_neighbour_in_the_named_thing():
+    arms = read_recipe('few-labels').arms
+    differ = lambda a, b: {key for key in arms[a] | arms[b] if arms[a].get(key) != arms[b].get(key)}
+    assert differ('all', 'soft masks') == differ('both', 'LFC alone') == differ('both', 'HFC alone') == {'lambdas'}
+    assert differ('all', 'both') == {'soft_masks'} and differ('all', 'shuffled targets') == {'shuffled'}
+    assert differ('both', 'published trainable fusion') == {'fusion'}
+    assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
+    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels'}
+
+
+def test_a_grid_goes_on_where_it_was(grid):
+    out, summary, kept = grid
+    assert kept and len([*out.rglob('result.json')]) == 4
+    assert {(m['arm'], m['seed']) for m in summary['means']} == {(arm, seed) for arm in TINY.arms for seed in TINY.seeds}
+
+
+def test_the_record_holds_the_difference_of_the_dice_of_each_image(grid):
+    out, _, _ = grid
+    record, images = json.loads((out/'record.json').read_text()), json.loads(gzip.decompress((out/'record.images.json.gz').read_bytes()))
+    assert record['command'].startswith('polyp-difom reproduce tiny ')
+    one = record['differences'][0]
+    assert {'arm', 'base', 'set', 'difference', 'ci95', 'headroom', 'seeds'} <= {*one}
+    dice = {(run['arm'], run['seed']): run['sets'][one['set']] for run in images}
+    by_hand = np.mean([dice[one['arm'], seed][image] - dice[one['base'], seed][image] for seed in TINY.seeds for image in dice[one['arm'], seed]])
+    assert one['difference'] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_both_arms_see_the_same_student_and_the_same_labelled_images(grid):
+    out, _, _ = grid
+    twin, ours = ([*csv.DictReader((out/'runs/unet-width=4'/arm/'seed-0/files.csv').open())] for arm in ('undistilled', 'all'))
+    assert twin == [row for row in ours if row['mask'] != 'None'] and len(ours) == len(twin) + 15
+    settings = [json.loads((out/'runs/unet-width=4'/arm/'seed-0/config.json').read_text())['settings'] for arm in ('undistilled', 'all')]
+    assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {'distilled', 'lambdas', 'soft_masks', 'unlabelled', 'frames', 'teachers'}
+
+
+def test_saved_maps_are_a_row_and_known_sequences_the_groups(grid, data, tmp_path):
+    out, _, _ = grid
+    name, pairs = next(iter(list_sets(data).items()))
+    for set_name, of in list_sets(data).items(): predict_files(out/'runs/unet-width=4/undistilled/seed-0', of[0].image.parent, tmp_path/'Rival'/set_name)
+    (tmp_path/'sequences.csv').write_text('image,sequence\n' + ''.join(f'{pair.image.name},{"ab"[i % 2]}\n' for of in list_sets(data).values() for i, pair in enumerate(of)))
+    summary = reproduce(TINY, data, out, maps=[tmp_path/'Rival'], sequences=tmp_path/'sequences.csv', workers=1, **MADE)
+    assert {e['groups'] for e in summary['differences'] if e['set'] == name} == {2}
+    rows = [row for table in ('seen', 'unseen') if (out/'report'/f'{table}.csv').exists() for row in csv.reader((out/'report'/f'{table}.csv').open())]
+    assert any(row and row[0] == 'Rival' for row in rows)
+
+
+@pytest.mark.parametrize('given, told', [
+    (dict(maps=['nowhere']), 'nowhere is not a folder'), (dict(sequences='nowhere.csv'), 'nowhere.csv: cannot be read'), (dict(arms=['al']), 'no arm al; nearest: all'),
+    (dict(backbone=None), '--backbone'), (dict(students=['unet']), 'no student unet')])
+def test_what_is_missing_is_said_before_anything_is_made(given, told, data, tmp_path):
+    with pytest.raises(InputError, match=told): reproduce(TINY, data, tmp_path/'grid', **MADE | given)
+    assert not (tmp_path/'grid').exists()
+
+
+def test_a_result_of_other_options_is_refused(grid, data):
+    out, _, _ = grid
+    with pytest.raises(InputError, match='lr 0.01 then, 0.1 now'): reproduce(replace(TINY, shared=TINY.shared | dict(lr=.1)), data, out, **MADE)
+
+
+def test_a_damaged_result_is_named(grid, data, tmp_path):
+    import shutil
+    shutil.copytree(grid[0], tmp_path/'grid')
+    file = next((tmp_path/'grid').rglob('result.json'))
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(InputError, match='result.json'): reproduce(TINY, data, tmp_path/'grid', **MADE)
