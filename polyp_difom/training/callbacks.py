@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 
 from ..students.blocks import encoder_modules, encoder_parameters
-from ..targets.soft_masks import confidence
+from ..targets.soft_masks import confidence, sharpen
 from .losses import align_latent, find_distances, find_loss, soft_losses, soft_mask_loss
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #56d66601
@@ -115,6 +115,7 @@ class Distillation(TrainColumns):
         lambdas=(0.6, 0.1, 0.1), # of segmentation, L1, L2
         distance='mse', # see `find_distances`: a name of `latent_losses`, any callable of latent and target, or two of these
         soft:float=0., # weight of the soft masks
+        temperature:float=1., # of the soft masks; below 1 sharper, see `sharpen`
         soft_loss='bce-dice', # a name of `soft_losses`, or any callable of (logits, soft, weight)
         confident:bool=False, # weigh the pixels of soft masks by |2p - 1|
         soft_on:str='unlabelled', # rows that soft masks teach; or `all`
@@ -124,9 +125,10 @@ class Distillation(TrainColumns):
         supervised_last:bool=False # phase III is L_seg alone
     ):
         _check_choices(soft, soft_on, balance, ramp)
+        if not is_number(temperature, 0) or not temperature: raise InputError(f'temperature {temperature}: give a number above 0')
         self.lambdas, self.distances, self.soft, self.confident = _check_lambdas(lambdas), find_distances(distance), soft, confident
         self.soft_loss, self.soft_on, self.balance = find_loss(soft_loss, soft_losses, 'loss of soft masks'), soft_on, balance
-        self.warm_heads, self.ramp, self.supervised_last = warm_heads, ramp, supervised_last
+        self.warm_heads, self.ramp, self.supervised_last, self.temperature = warm_heads, ramp, supervised_last, temperature
         self.handles, self.ratios = [], {}
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #1929c490
@@ -177,7 +179,7 @@ def terms(self:Distillation) -> dict: # name -> scalar
         terms = {name: distance(*self.pairs[name]) for name, distance in zip(('l1', 'l2'), self.distances) if name in self.pairs}
     rows = slice(self.labelled if self.soft_on == 'unlabelled' else 0, None)
     if not (self.soft and 'soft' in self.extras and len(soft := self.extras['soft'][rows])): return terms
-    return terms | dict(soft=soft_mask_loss([output[rows] for output in self.whole], soft, confidence(soft) if self.confident else None, self.soft_loss))
+    return terms | dict(soft=soft_mask_loss([output[rows] for output in self.whole], sharpen(soft, self.temperature), confidence(soft) if self.confident else None, self.soft_loss))
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #34bc900d
 @patch

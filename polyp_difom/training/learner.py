@@ -168,6 +168,7 @@ class TrainConfig:
     supervised_last:bool=False # phase III learns from labels alone
     soft_masks:bool=None # learn from an adapted teacher's masks; if None where the store has them
     soft_weight:float=1. # of their loss
+    temperature:float=1. # of the soft masks; below 1 sharper
     soft_loss:str='bce-dice' # or `logit-mse`
     soft_on:str='unlabelled' # frames that learn from them, or `all`
     confident:bool=False # weigh soft masks by |2p - 1|
@@ -190,7 +191,7 @@ def distillation(self:TrainConfig,
     soft:bool # are there soft masks?
 ) -> Distillation:
     "The callback of a run."
-    same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'soft_loss', 'soft_on', 'confident')
+    same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'temperature', 'soft_loss', 'soft_on', 'confident')
     kind = PublishedDistillation if self.fusion == 'trainable' else Distillation
     return kind(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
 
