@@ -10,6 +10,10 @@ from polyp_difom.deploy.export import export_onnx
 from polyp_difom.deploy.predictor import load_predictor, predict_files, read_run
 from polyp_difom.evaluation.benchmark import evaluate
 from polyp_difom.evaluation.metrics import SegmentationMetrics, score_folder, score_map
+from polyp_difom.evaluation.report import row_from_maps, write_report
+from polyp_difom.evaluation.reproduce import list_recipes, reproduce
+from polyp_difom.evaluation.statistics import Design, read_results
+from polyp_difom.evaluation.verdict import verdict
 from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
@@ -20,16 +24,20 @@ from polyp_difom.students.blocks import Student, register_student
 from polyp_difom.students.registry import create_student, list_students
 from polyp_difom.targets.frequency import split_frequency
 from polyp_difom.targets.latent import TargetConfig, build_targets
+from polyp_difom.targets.soft_masks import SoftMasks
 from polyp_difom.teachers.base import Teacher, register_teacher
 from polyp_difom.teachers.registry import create_teacher, list_teachers
+from polyp_difom.training.adapt import adapt
 from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochSeed, PhaseSchedule, TargetWatch, dice_score
 from polyp_difom.training.learner import difom_learner
 from polyp_difom.training.losses import latent_losses, losses
 from polyp_difom.training.runs import TrainConfig, resume, train
 
-__all__ = ['Distillation', 'EncoderFreeze', 'EpochSeed', 'FeatureStore', 'InputError', 'Layout', 'Pair', 'PhaseSchedule', 'PolypDataset', 'PolypDiFoM', 'SegmentationMetrics',
-           'Student', 'TargetConfig', 'TargetWatch', 'Teacher', 'TrainConfig', 'build_targets', 'check', 'convert', 'create_student', 'create_teacher', 'demo',
-           'dice_score', 'difom_learner', 'evaluate', 'export_onnx', 'extract', 'frequency_widget', 'import_published', 'latent_losses', 'list_images', 'list_pairs',
-           'list_students', 'list_teachers', 'load_model', 'load_predictor', 'load_published', 'losses', 'make_synthetic', 'polyp_dataloaders', 'predict_files',
-           'read_image', 'read_mask', 'read_run', 'register_student', 'register_teacher', 'resume', 'save_model', 'score_folder', 'score_map', 'show_frequency',
-           'show_log', 'show_pairs', 'show_split', 'show_targets', 'split_frequency', 'split_pairs', 'synthetic_frame', 'test_sets', 'train', 'train_pairs']
+__all__ = ['Design', 'Distillation', 'EncoderFreeze', 'EpochSeed', 'FeatureStore', 'InputError', 'Layout', 'Pair', 'PhaseSchedule', 'PolypDataset', 'PolypDiFoM',
+           'SegmentationMetrics', 'SoftMasks', 'Student', 'TargetConfig', 'TargetWatch', 'Teacher', 'TrainConfig', 'adapt', 'build_targets', 'check', 'convert',
+           'create_student', 'create_teacher', 'demo', 'dice_score', 'difom_learner', 'evaluate', 'export_onnx', 'extract', 'frequency_widget',
+           'import_published', 'latent_losses', 'list_images', 'list_pairs', 'list_recipes', 'list_students', 'list_teachers', 'load_model', 'load_predictor',
+           'load_published', 'losses', 'make_synthetic', 'polyp_dataloaders', 'predict_files', 'read_image', 'read_mask', 'read_results', 'read_run',
+           'register_student', 'register_teacher', 'reproduce', 'resume', 'row_from_maps', 'save_model', 'score_folder', 'score_map', 'show_frequency',
+           'show_log', 'show_pairs', 'show_split', 'show_targets', 'split_frequency', 'split_pairs', 'synthetic_frame', 'test_sets', 'train', 'train_pairs',
+           'verdict', 'write_report']

@@ -18,7 +18,7 @@ from polyp_difom.teachers.base import Teacher
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score, learner_tensors,
                                             load_callback_tensors, phase_restarts)
 from polyp_difom.training.learner import load_learner_tensors
-from polyp_difom.targets.soft_masks import confidence
+from polyp_difom.targets.soft_masks import confidence, sharpen
 from polyp_difom.training.losses import OutputLoss, latent_loss, relational_kl_loss, segmentation_loss, soft_mask_loss
 from polyp_difom.training.teaching import EMATeacher, HeadroomWatch, LiveTeacher, NothingToTeach
 
@@ -141,13 +141,22 @@ class Terms(Callback):
                                **{name: told.sums[name][-1].item() for name in told.sums if name != 'seg' and name != 'soft'}))
 
 
-@pytest.mark.parametrize('soft_on, first', [('unlabelled', 2), ('all', 0)])
-def test_the_loss_is_made_of_its_parts(soft_on, first, data):
-    learn = fit(learner(data, Distillation((.6, .2, .3), soft=.5, soft_on=soft_on, confident=True), Terms()), 1)
+@pytest.mark.parametrize('soft_on, first, temperature', [('unlabelled', 2, 1.), ('all', 0, 1.), ('unlabelled', 2, .25)])
+def test_the_loss_is_made_of_its_parts(soft_on, first, temperature, data):
+    learn = fit(learner(data, Distillation((.6, .2, .3), soft=.5, soft_on=soft_on, confident=True, temperature=temperature), Terms()), 1)
     for step in learn.terms.steps:
         soft = step['soft'][first:]
-        masks = soft_mask_loss(step['whole'][first:], soft, confidence(soft)).item()
+        masks = soft_mask_loss(step['whole'][first:], sharpen(soft, temperature), confidence(soft)).item()
         assert step['total'] == pytest.approx(.6*step['seg'] + .2*step['l1'] + .3*step['l2'] + .5*masks, rel=1e-4)
+
+
+def test_a_temperature_keeps_the_verdict_and_takes_the_doubt():
+    p = torch.linspace(0, 1, 101, dtype=torch.double)
+    sharp = sharpen(p, .5)
+    torch.testing.assert_close(sharp[1:-1], p[1:-1]**2/(p[1:-1]**2 + (1 - p[1:-1])**2), atol=1e-6, rtol=0)
+    assert ((sharp > .5) == (p > .5)).all() and (confidence(sharp) >= confidence(p) - 1e-3).all()
+    for wrong in (0, -1, 'x'):
+        with pytest.raises(InputError, match=f'temperature {wrong}'): Distillation(soft=1., temperature=wrong)
 
 
 def test_soft_masks_alone_need_no_latents_and_rows_to_teach(data):
