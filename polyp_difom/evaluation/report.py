@@ -288,7 +288,7 @@ def draw_wins(
         if not len(ours): return None
         ours, theirs = ours.mean().to_numpy(), theirs.mean().to_numpy()
         ax.plot((0, 1), (0, 1), color='tab:gray', lw=.8)
-        ax.scatter(theirs, ours, s=9, alpha=.6, c=np.where(ours > theirs, 'tab:green', 'tab:red'), lw=0)
+        ax.scatter(theirs, ours, s=9, alpha=.6, c=np.where(ours > theirs, 'tab:blue', 'tab:orange'), lw=0)
         ax.set(title=f'{printable(name)}: {(ours > theirs).sum()} better, {(ours < theirs).sum()} worse', xlabel=base, xlim=(0, 1), ylim=(0, 1), aspect='equal')
         ax.title.set_size(8)
     fig.axes[0].set_ylabel(arm)

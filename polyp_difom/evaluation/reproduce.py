@@ -284,8 +284,8 @@ def reproduce(
     say=print # what hears of each finished run
 ) -> dict: # summary of all results, see `write_report`; `verdict` alone where there is nothing to compare yet
     "Make the runs of a recipe that are not made yet, and report all of them. Raises `InputError` before anything is made if something is missing."
-    recipe, out = recipe if isinstance(recipe, Recipe) else read_recipe(recipe), Path(out)
-    places = (value and str(value) for value in (unlabelled, backbone, features, sequences))
+    named, recipe = str(getattr(recipe, 'name', recipe)), recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    out, places = Path(out), (value and str(value) for value in (unlabelled, backbone, features, sequences))
     sources = Sources(str(data), tuple(map(str, tests)), *places, tuple(map(str, maps)))
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
@@ -295,13 +295,13 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
     _share_work(recipe, sources, jobs, out, device, workers, say)
-    return _report(recipe, out, _command(recipe, sources, out), extras, record)
+    return _report(recipe, out, _command(named, sources, out), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
-def _command(recipe:Recipe, sources:Sources, out:Path) -> str:
+def _command(recipe:str, sources:Sources, out:Path) -> str:
     "What makes a grid, or goes on with it."
     options = [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
-    return printable(shlex.join(['polyp-difom', 'reproduce', recipe.name, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
+    return printable(shlex.join(['polyp-difom', 'reproduce', recipe, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
 
 def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     "Frames that look alike belong together where nothing is known of their sequences."

@@ -105,9 +105,14 @@ def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     check_fields(held['settings'], dict(size=whole_number(32, 4096), epochs=of_type('a list', list)), f'{config}: settings')
     return held, held['settings']
 
+def _by_name(settings:dict) -> dict:
+    "With the backbone's file by its name: it may have moved."
+    options = settings.get('options') or {}
+    return settings | (dict(options=options | dict(pretrained=Path(options['pretrained']).name)) if isinstance(options.get('pretrained'), str) else {})
+
 def _check_asked(out:Path, asked:dict):
     "Raise `InputError` if what is in a folder was made with other settings."
-    held, asked = _read_settings(out)[1], json.loads(json.dumps(asked, default=str))
+    held, asked = _by_name(_read_settings(out)[1]), _by_name(json.loads(json.dumps(asked, default=str)))
     other = [f'{name} {held.get(name)} then, {value} now' for name, value in asked.items() if value is not None and held.get(name) != value]
     if other: raise InputError(f'{out}: was adapted otherwise: {name_some(other, 3)}; choose another --out, or adapt as before')
 
