@@ -68,10 +68,16 @@ def linked(folder, pairs, masks=False):
     return folder
 
 
+def finished(run):
+    "Whether all epochs of a run are done."
+    config = json.loads((run/'config.json').read_text()) if (run/'config.json').exists() else {}
+    return config.get('finished_epochs', 0) == sum(SHARED['epochs'])
+
+
 def run_arm(name, given, labelled, frames):
     "The run of an arm, made or gone on with."
     run, options = Path(given.out)/'runs'/name.replace(',', '').replace(' ', '-'), SHARED | ARMS[name][2]
-    if 'finished_epochs' in json.loads((run/'config.json').read_text() if (run/'config.json').exists() else '{}'): return run
+    if finished(run): return run
     if (run/'last.safetensors').exists(): return resume(run)
     if name == 'labels for all': return train(linked(Path(given.out)/'labelled', labelled + frames, masks=True), run, **options | dict(labels=1., valid=.05))
     if 'soft_masks' in options: options |= dict(features=given.adapted, unlabelled=linked(Path(given.out)/'frames', frames))
@@ -103,7 +109,7 @@ if __name__ == '__main__':
     labelled, frames, held = split(given.data)
     for name in given.arms: run_arm(name, given, labelled, frames)
     places = {name: Path(given.out)/'runs'/name.replace(',', '').replace(' ', '-') for name in ARMS}
-    done = {name: run for name, run in places.items() if (run/'config.json').exists() and 'finished_epochs' in json.loads((run/'config.json').read_text())}
+    done = {name: run for name, run in places.items() if finished(run)}
     dice, groups = {name: score(run, held) for name, run in done.items()}, [('', sequence_of(pair.image)) for pair in held]
     fitted = {name: score(run, labelled) for name, run in done.items() if name.startswith('twin')}
     arms = {name: dict(beside=ARMS[name][0], differs=ARMS[name][1]) | tell(dice[name], dice.get(ARMS[name][0]), groups) for name in done}

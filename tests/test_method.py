@@ -19,6 +19,7 @@ from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLo
                                             load_callback_tensors, phase_restarts)
 from polyp_difom.training.learner import load_learner_tensors
 from polyp_difom.targets.soft_masks import confidence, sharpen
+from polyp_difom.training.learner import TrainConfig
 from polyp_difom.training.losses import OutputLoss, latent_loss, relational_kl_loss, segmentation_loss, soft_mask_loss
 from polyp_difom.training.teaching import EMATeacher, HeadroomWatch, LiveTeacher, NothingToTeach
 
@@ -157,6 +158,12 @@ def test_a_temperature_keeps_the_verdict_and_takes_the_doubt():
     assert ((sharp > .5) == (p > .5)).all() and (confidence(sharp) >= confidence(p) - 1e-3).all()
     for wrong in (0, -1, 'x'):
         with pytest.raises(InputError, match=f'temperature {wrong}'): Distillation(soft=1., temperature=wrong)
+
+
+def test_every_option_of_a_run_reaches_its_distillation():
+    given = dict(balance='gradient', warm_heads=True, ramp=3, supervised_last=True, temperature=.25, soft_on='all', confident=True)
+    made = TrainConfig(**given, soft_weight=.7, lambdas=(1, .2, .3)).distillation(True)
+    assert {name: getattr(made, name) for name in given} == given and made.soft == .7 and made.lambdas == (1, .2, .3)
 
 
 def test_soft_masks_alone_need_no_latents_and_rows_to_teach(data):

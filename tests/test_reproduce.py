@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from polyp_difom.core import InputError
-from polyp_difom.data.images import test_sets as list_sets
+from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
 from polyp_difom.evaluation.reproduce import Recipe, Sources, _check_options, list_jobs, list_recipes, read_recipe, reproduce
@@ -43,11 +43,11 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
     jobs = list_jobs(recipe)
     for job in jobs: _check_options(job)
     assert len({job.place for job in jobs}) == len(jobs) == len(recipe.students)*len(recipe.arms)*len(recipe.seeds)
-    if recipe.preset == 'best': assert not {'undistilled'} ^ {recipe.twin}
+    if recipe.preset == 'best': assert recipe.twin == 'undistilled'
 
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
-    known = {*Design.controls, *Design.rivals, *(name for pair in Design.beside for name in pair), Design.twin}
+    known = {*Design.controls, *Design.rivals, *Design.ceilings, *(name for pair in Design.beside for name in pair), Design.twin}
     for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
 
 
@@ -116,3 +116,14 @@ def test_a_damaged_result_is_named(grid, data, tmp_path):
     file = next((tmp_path/'grid').rglob('result.json'))
     file.write_text(file.read_text()[:100])
     with pytest.raises(InputError, match='result.json'): reproduce(TINY, data, tmp_path/'grid', **MADE)
+
+
+def test_a_finished_grid_is_not_taken_for_one_of_other_images(grid, tmp_path):
+    other = make_synthetic(tmp_path/'other', n_train=30, n_test=6, size=(64, 64), seed=7)
+    with pytest.raises(InputError, match='made with other images .*training images'): reproduce(TINY, other, grid[0], **MADE)
+
+
+def test_what_the_user_knows_of_an_image_is_not_overruled_by_its_looks():
+    from polyp_difom.evaluation.reproduce import _alike
+    pairs = [Pair(Path(f'{n}.png'), None) for n in range(3)]
+    assert _alike({'CVC-300': pairs}, {None: {f'{n}.png': f'patient {n}' for n in range(3)}}) == {}

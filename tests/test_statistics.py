@@ -163,6 +163,7 @@ def test_a_table_of_patients_changes_the_interval(tmp_path):
     (tmp_path/'p.csv').write_text('image,sequence,set\n' + ''.join(f'{n}.png,p{n//30},CVC-ColonDB\n' for n in range(60)))
     found = one(grid({'soft masks': .05}), sequences=read_sequences(tmp_path/'p.csv'))
     assert (found['groups'], one(grid({'soft masks': .05}))['groups']) == (2, 60)
+    assert group_images('CVC-ColonDB (distinct)', ['1.png', '40.png', '2.png'], read_sequences(tmp_path/'p.csv')) == ['p0', 'p1', 'p0']
 
 
 def test_half_of_the_headroom_is_found_to_be_half():

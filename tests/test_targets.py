@@ -374,8 +374,8 @@ class Seen(Callback):
         self.target[self.phase] = self.kept
 
 
-@pytest.mark.parametrize('published', [True, False])
-def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_two(published, data, features):
+@pytest.mark.parametrize('published, warm', [(True, False), (True, True), (False, False)])
+def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_two(published, warm, data, features):
     train_pairs, valid_pairs = split_pairs(list_pairs(train_folder(data)), 0.25)
     images = [pair.image for pair in train_pairs]
     torch.manual_seed(0)
@@ -385,7 +385,7 @@ def test_only_the_published_distillation_trains_the_fusion_and_only_from_phase_t
     before = [p.detach().clone() for p in model.teacher_fusion.parameters()]
     targets = raw if published else build_targets(store, images, model.target_grids(64), model.latents.channels)
     dls = polyp_dataloaders(PolypDataset(train_pairs, 64, targets), PolypDataset(valid_pairs, 64), 4, (1.,), torch.device('cpu'))
-    distillation = PublishedDistillation() if published else Distillation()
+    distillation = PublishedDistillation(warm_heads=warm) if published else Distillation()
     learn = Learner(dls, model, output_loss, opt_func=adam, metrics=dice_score, cbs=[PhaseSchedule((1, 1, 0)), distillation, Seen()])
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     moved = {phase: [not torch.equal(a, b) for a, b in zip(before, now)] for phase, now in learn.seen.weights.items()}
@@ -403,3 +403,7 @@ def test_a_run_with_the_published_fusion_resumes_exactly_and_keeps_the_student_a
     resume(half, epochs=(0, 2, 0))
     for a, b in zip(*(csv.DictReader((run/'log.csv').open()) for run in (half, whole))):
         assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
+
+
+def test_a_trainable_fusion_needs_features(data, tmp_path):
+    with pytest.raises(InputError, match='nothing to fuse'): train(data, tmp_path/'run', fusion='trainable', **SHORT)

@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..weights import save_tensors
-from ..data.images import test_sets
+from ..data.images import test_sets, train_pairs
+from ..data.loaders import fingerprint
 from ..features.extract import extract
 from ..students.blocks import count_params_macs
 from ..targets.latent import TargetConfig
@@ -169,6 +170,10 @@ def _sets(sources:Sources) -> dict: # name -> pairs
             found[name] = pairs
     return found
 
+def _fingerprints(sources:Sources, sets:dict) -> dict: # part -> what its images and masks are known by
+    "What a result depends on beside its options."
+    return {name: fingerprint(pairs) for name, pairs in (sets | {'training images': train_pairs(sources.data)}).items()}
+
 def _score(run:Path, sets:dict) -> tuple: # sets, cost
     "Scores and per-image records of a run on every set; parameters (millions) and GMACs of what is deployed."
     model, settings = read_run(run)
@@ -199,13 +204,17 @@ def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.j
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     return json.loads(json.dumps(dict(student=job.student, **job.options, teacher_options=recipe.teacher)))
 
-def _is_done(job:Job, recipe:Recipe, out:Path) -> bool:
-    "Raises `InputError` for a result of other options."
+def _is_done(job:Job, recipe:Recipe, out:Path, data:dict) -> bool:
+    "Raises `InputError` for a result of other options or data."
     file = _result(job, out)
     if not file.exists(): return False
-    held, now = read_result(file)['configuration'], _configuration(job, recipe)
+    result = read_result(file)
+    held, now = result['configuration'], _configuration(job, recipe)
     different = [f'{key} {held.get(key)} then, {now.get(key)} now' for key in held | now if held.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
+    known = result.get('data', data)
+    other = [name for name in known | data if known.get(name) != data.get(name)]
+    if other: raise InputError(f'{file}: made with other images ({name_some(other, 3)}); give the same data and --test, or choose another --out')
     return True
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #431b5962
@@ -223,7 +232,7 @@ def _check_options(job:Job):
     "Raise `InputError` for an option that `train` does not have."
     read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')}, TargetConfig, TrainConfig)
 
-def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, device) -> dict:
+def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
     run, start = out/'runs'/job.place, time.perf_counter()
     if (run/'last.safetensors').exists(): resume(run, device=device)
@@ -231,7 +240,7 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, device) -
     scored, cost = _score(run, sets)
     config = json.loads((run/'config.json').read_text())
     result = dict(recipe=recipe.name, title=recipe.title, twin=recipe.twin, student=job.student, arm=job.arm, seed=job.seed, configuration=_configuration(job, recipe), command=config['command'], commit=_commit(),
-                  machine=_machine(find_device(device)), fingerprint=config['fingerprints'], seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start - config['seconds'], 1),
+                  machine=_machine(find_device(device)), fingerprint=config['fingerprints'], data=data, seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start - config['seconds'], 1),
                   validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets) if job.options.get('features') == 'adapted' or recipe.teacher else None, sets=scored)
     _write_json(_result(job, out), result)
     return result
@@ -240,15 +249,16 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, device) -
 def _work(recipe, sources, jobs, out, device, say):
     "Do the jobs that nobody else does."
     sets = _sets(sources)
+    data = _fingerprints(sources, sets)
     for folder in ('locks', 'logs'): (out/folder).mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        if _is_done(job, recipe, out): continue
+        if _is_done(job, recipe, out, data): continue
         lock = FileLock(out/'locks'/f'{_slug(job.place)}.lock')
         try: lock.acquire(timeout=0)
         except Timeout: continue
         try:
-            if _is_done(job, recipe, out): continue
-            with open(out/'logs'/f'{_slug(job.place)}.log', 'a') as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, device)
+            if _is_done(job, recipe, out, data): continue
+            with open(out/'logs'/f'{_slug(job.place)}.log', 'a') as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, data, device)
             left = [one for one in jobs if not _result(one, out).exists()]
             say(f'{job.student} · {job.arm} · seed {job.seed}: {_summary(result)}; {len(left)} of {len(jobs)} runs left{_time_left(left, out)}')
         finally: lock.release()
@@ -284,13 +294,14 @@ def reproduce(
     say=print # what hears of each finished run
 ) -> dict: # summary of all results, see `write_report`; `verdict` alone where there is nothing to compare yet
     "Make the runs of a recipe that are not made yet, and report all of them. Raises `InputError` before anything is made if something is missing."
-    named, recipe = str(getattr(recipe, 'name', recipe)), recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    named, recipe = recipe.name if isinstance(recipe, Recipe) else str(recipe), recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     out, places = Path(out), (value and str(value) for value in (unlabelled, backbone, features, sequences))
     sources = Sources(str(data), tuple(map(str, tests)), *places, tuple(map(str, maps)))
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
     extras = _extras(sources)
-    for job in jobs: _check_options(job), _is_done(job, recipe, out)
+    data_known = _fingerprints(sources, _sets(sources))
+    for job in jobs: _check_options(job), _is_done(job, recipe, out, data_known)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
@@ -305,7 +316,7 @@ def _command(recipe:str, sources:Sources, out:Path) -> str:
 
 def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     "Frames that look alike belong together where nothing is known of their sequences."
-    def unknown(name, images): return len(set(group_images(name, images, known))) == len(images)
+    def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
     return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
 
 def _extras(sources:Sources) -> dict: # sequences, duplicates, others: as `write_report` takes them

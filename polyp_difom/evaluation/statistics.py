@@ -247,9 +247,10 @@ def compare(
 class Design:
     "What is compared with what, and what counts as a claim."
     twin: str = 'undistilled'
-    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks')) # arm, and the arm that it adds to
-    controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'random-weight teacher', 'filter bank', 'published trainable fusion')
-    rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost', 'labels for all')
+    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('published trainable fusion', 'both')) # arm, and the arm that it adds to
+    controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'random-weight teacher', 'filter bank')
+    rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost')
+    ceilings: tuple = ('labels for all',) # what soft masks stand for
     seen: tuple = ('Kvasir', 'CVC-ClinicDB') # sets that training images are of
     headroom: float = .03 # sets with less have nothing to teach
     seeds: int = 3 # that a claim takes

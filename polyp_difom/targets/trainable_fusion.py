@@ -60,7 +60,8 @@ class RawMaps:
         images:list, # paths, in the order of the training set; `InputError` if the store lacks one
         teachers=() # specifications, as for `FeatureStore.check_teachers`; all that the store has if empty
     ):
-        self.store, self.images, self.teachers = store, store.check_images(images), store.check_teachers(teachers)
+        self.store, self.teachers = store, store.check_teachers(teachers)
+        self.images = store.check_images(images, self.teachers)
         self.grid, self.channels = find_field(store, self.teachers), sum(sum(list_layers(store, teacher)) for teacher in self.teachers)
         self.fingerprint = 'raw maps of ' + ', '.join(self.teachers) # the store's provenance says the rest
 

@@ -239,7 +239,9 @@ class PublishedDistillation(Distillation):
     name = 'distillation' # where `TargetWatch` looks
     def before_batch(self):
         super().before_batch()
-        if 'low' in self.extras: self.extras = self.extras | dict(zip(('low', 'high'), self.model.teacher_fusion(self.extras['low'].float()).unbind(1)))
+        if 'low' not in self.extras: return
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _phase(self.learn, 2) > 1): # warm heads do not move it
+            self.extras = self.extras | dict(zip(('low', 'high'), self.model.teacher_fusion(self.extras['low'].float()).unbind(1)))
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #ba6462fa
 @patch

@@ -462,6 +462,7 @@ def train(
     layout, target_config, config, own, frames = read_options(_preset(preset) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
+    if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
     if frames.unlabelled is not None and not (features or config.live_teacher): raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
