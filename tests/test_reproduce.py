@@ -1,18 +1,17 @@
 "Grids of runs: made once, gone on with, reported with what the user knows."
-import csv, gzip, json
+import csv, gzip, json, shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from filelock import FileLock
 from polyp_difom.core import InputError
 from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
-from polyp_difom.evaluation.reproduce import Recipe, Sources, _check_options, list_jobs, list_recipes, read_recipe, reproduce
+from polyp_difom.evaluation.reproduce import Recipe, _check_options, list_jobs, list_recipes, read_recipe, reproduce
 from polyp_difom.evaluation.statistics import Design
-from polyp_difom.training.runs import train
 
 TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
               shared=dict(labels=0.5, size=64, epochs=[0, 2, 0], steps=4, batch_size=4, lr=1e-2, schedule='one-cycle', augment='strong', select='last', valid=0.2),
@@ -47,7 +46,7 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
 
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
-    known = {*Design.controls, *Design.rivals, *Design.ceilings, *(name for pair in Design.beside for name in pair), Design.twin}
+    known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
     for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
 
 
@@ -111,7 +110,6 @@ def test_a_result_of_other_options_is_refused(grid, data):
 
 
 def test_a_damaged_result_is_named(grid, data, tmp_path):
-    import shutil
     shutil.copytree(grid[0], tmp_path/'grid')
     file = next((tmp_path/'grid').rglob('result.json'))
     file.write_text(file.read_text()[:100])
@@ -127,3 +125,33 @@ def test_what_the_user_knows_of_an_image_is_not_overruled_by_its_looks():
     from polyp_difom.evaluation.reproduce import _alike
     pairs = [Pair(Path(f'{n}.png'), None) for n in range(3)]
     assert _alike({'CVC-300': pairs}, {None: {f'{n}.png': f'patient {n}' for n in range(3)}}) == {}
+
+
+@pytest.mark.parametrize('change, told', [
+    (dict(arms={'undistilled': {}, '..': {}}), "'..' is no name"), (dict(arms={'undistilled': {}, 'a b': {}, 'a-b': {}}), 'would share a folder'), (dict(students=[4]), '4 is no name'),
+    (dict(arms={'undistilled': 4}), 'no table'), (dict(shared=dict(seed=5)), 'seed is of the whole recipe'), (dict(arms={'undistilled': dict(preset='paper')}), 'preset is of the whole recipe'),
+    (dict(unlabelled=None), 'learns from frames without labels')])
+def test_a_recipe_that_would_make_something_else_is_refused(change, told):
+    with pytest.raises(InputError, match=told): replace(TINY, **change)
+
+
+@pytest.mark.parametrize('change, told', [(dict(sets={}), 'no set'), (dict(configuration=[]), 'damaged'), (dict(arm='wurst'), 'is of unet,width=4, wurst')])
+def test_a_result_that_was_tampered_with_is_refused(change, told, grid, data, tmp_path):
+    shutil.copytree(grid[0], tmp_path/'grid')
+    file = next((tmp_path/'grid').rglob('result.json'))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=told): reproduce(TINY, data, tmp_path/'grid', workers=1, **MADE)
+
+
+def test_a_run_that_was_begun_with_other_options_is_not_gone_on_with(grid, data, tmp_path):
+    shutil.copytree(grid[0], tmp_path/'grid')
+    for file in (tmp_path/'grid').rglob('result.json'): file.unlink()
+    with pytest.raises(InputError, match='lr 0.01 then, 0.1 now'): reproduce(replace(TINY, shared=TINY.shared | dict(lr=.1)), data, tmp_path/'grid', workers=1, **MADE)
+
+
+def test_a_run_that_another_process_makes_is_told_and_nothing_is_recorded(grid, data, tmp_path):
+    shutil.copytree(grid[0], tmp_path/'grid')
+    next((tmp_path/'grid').rglob('all/seed-1/result.json')).unlink()
+    said = []
+    with FileLock(tmp_path/'grid/locks/unet-width=4-all-seed-1.lock'): reproduce(TINY, data, tmp_path/'grid', workers=1, record=tmp_path/'r.json', say=said.append, **MADE)
+    assert '1 of 4 runs are being made by another process' in said[-1] and not (tmp_path/'r.json').exists()

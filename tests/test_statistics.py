@@ -14,7 +14,7 @@ from polyp_difom.data.images import test_sets as sets_of
 from polyp_difom.evaluation.metrics import minmax_map, score_map
 from polyp_difom.evaluation.polyps import RECORD, count_found, detection, image_record
 from polyp_difom.evaluation.report import paper_table, published_methods, size_table, write_report
-from polyp_difom.evaluation.statistics import (TOGETHER, Design, bootstrap_means, compare, differences, find_duplicates, interval, pooled_sets, read_results, read_sequences, seeds_needed,
+from polyp_difom.evaluation.statistics import (TOGETHER, Design, bootstrap_means, compare, differences, find_duplicates, group_images, interval, pooled_sets, read_results, read_sequences, seeds_needed,
                                                sequence_of, summarise, synthetic_results, add_distinct)
 from polyp_difom.evaluation.verdict import judge, verdict
 
@@ -234,7 +234,7 @@ def test_silence_where_there_is_a_polyp_is_told_from_silence_where_there_is_none
 def test_results_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
     with pytest.raises(InputError, match='no result.json'): read_results(tmp_path)
     for name in 'ab': (tmp_path/name).mkdir()
-    result = dict(arm='undistilled', student='unet', seed=0, sets={})
+    result = dict(arm='undistilled', student='unet', seed=0, sets=dict(Kvasir=dict(scores=dict(mDice=.5))))
     (tmp_path/'a/result.json').write_text(json.dumps(result))
     assert read_results(tmp_path) == [result]
     (tmp_path/'b/result.json').write_text(json.dumps(result))

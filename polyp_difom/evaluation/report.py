@@ -322,7 +322,7 @@ def _stem(text:str) -> str: return re.sub('[^A-Za-z0-9]+', '-', text).strip('-')
 def _figures(results, found, design) -> dict: # name -> Figure
     sets = unseen_sets(results, design) or set_names(results)
     figures = {'gains.png': draw_gains(found, design.twin), 'sizes.png': draw_sizes(results, pooled_sets(results, design) or sets, design.metric)}
-    pairs = dict.fromkeys((e['arm'], e['student']) for e in found if e['base'] == design.twin and e['arm'] not in (*design.controls, *design.rivals, *design.ceilings))
+    pairs = dict.fromkeys((e['arm'], e['student']) for e in found if e['base'] == design.twin and e['arm'] not in (*design.controls, *design.rivals, *design.references))
     wins = {f'wins-{_stem(student)}-{_stem(arm)}.png': draw_wins(results, arm, design.twin, student, sets, design.metric) for arm, student in pairs}
     return figures | {name: figure for name, figure in wins.items() if figure}
 

@@ -13,16 +13,17 @@ from importlib import resources
 from pathlib import Path
 
 from .. import __version__
-from ..core import InputError, atomic_path, find_device, is_whole, name_some, nearest, parse_spec, printable, read_options
+from ..core import InputError, atomic_path, bytes_hash, file_hash, find_device, is_whole, name_some, nearest, parallel_map, parse_spec, printable, read_options
 
 import torch
 from filelock import FileLock, Timeout
 
 from ..weights import save_tensors
-from ..data.images import test_sets, train_pairs
+from ..data.images import list_images, test_sets, train_pairs
 from ..data.loaders import fingerprint
 from ..features.extract import extract
 from ..students.blocks import count_params_macs
+from ..students.registry import create_student
 from ..targets.latent import TargetConfig
 from ..training.learner import TrainConfig
 from ..training.runs import resume, train
@@ -36,6 +37,24 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
+def _slug(name:str) -> str: return re.sub(r'[^\w.=-]+', '-', name).strip('-')
+
+def _check_names(recipe):
+    "Raise `InputError` for arms or students that have no folder of their own."
+    for what in ('students', 'arms'):
+        names = [*getattr(recipe, what)]
+        bad = [name for name in names if not isinstance(name, str) or not _slug(name).strip('.')]
+        if bad or not names: raise InputError(f'recipe {recipe.name}: {what}: {repr(bad[0]) + " is no name" if bad else "there are none"}')
+        slugs = [_slug(name) for name in names]
+        if twice := [name for name, slug in zip(names, slugs) if slugs.count(slug) > 1]: raise InputError(f'recipe {recipe.name}: {what} {name_some(twice)} would share a folder; rename one')
+
+def _check_arms(recipe):
+    "Raise `InputError` for options that an arm cannot have."
+    for name, options in dict(shared=recipe.shared, **recipe.arms).items():
+        if not isinstance(options, dict): raise InputError(f'recipe {recipe.name}: {name}: {options} is no table of options')
+        if own := {'seed', 'preset'} & {*options}: raise InputError(f'recipe {recipe.name}: {name}: {own.pop()} is of the whole recipe; give seeds = […] or preset = "…" at its top')
+        if options.get('unlabelled') and recipe.unlabelled is None: raise InputError(f'recipe {recipe.name}: {name} learns from frames without labels; say which at the top: unlabelled = "rest" or "frames"')
+
 _parts = dict(title=str, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
 
 @dataclass(frozen=True)
@@ -53,7 +72,9 @@ class Recipe:
     preset:str = 'best' # of `train`
 
     def __post_init__(self):
-        if not self.arms or self.twin not in self.arms: raise InputError(f'recipe {self.name}: the twin {self.twin} is none of its arms ({name_some(self.arms, 5)})')
+        _check_names(self)
+        _check_arms(self)
+        if self.twin not in self.arms: raise InputError(f'recipe {self.name}: the twin {self.twin} is none of its arms ({name_some(self.arms, 5)})')
         if not self.seeds or not all(map(is_whole, self.seeds)): raise InputError(f'recipe {self.name}: seeds {self.seeds}: give whole numbers from 0')
         if self.unlabelled not in (None, 'rest', 'frames'): raise InputError(f'recipe {self.name}: unlabelled {self.unlabelled}: choose rest or frames')
 
@@ -87,7 +108,7 @@ class Job:
     def place(self) -> str: # where its files are, below the grid's folder
         return '/'.join([_slug(self.student), _slug(self.arm), f'seed-{self.seed}'])
 
-def _slug(name:str) -> str: return re.sub(r'[^\w.=-]+', '-', name).strip('-')
+
 
 def list_jobs(
     recipe:Recipe,
@@ -114,6 +135,8 @@ class Sources:
     maps:tuple = () # folders of the saved maps of further methods
 
     def check(self, recipe:Recipe, jobs:list):
+        words = {job.options['features'] for job in jobs if 'features' in job.options}
+        if other := words - {*_stores, 'foundation'}: raise InputError(f'recipe {recipe.name}: features {other.pop()}: choose {", ".join(_stores)} or foundation')
         needs = {name for job in jobs for name in (job.options.get('features'), 'pretrained' if job.options.get('pretrained') is True and 'student' in job.options else None)}
         if needs & {'adapted', 'random', 'pretrained'} and not self.backbone: raise InputError(f'recipe {recipe.name}: give a pretrained backbone (--backbone timm/NAME=FILE)')
         if 'foundation' in needs and not self.features: raise InputError(f'recipe {recipe.name}: give the features of foundation models (--features STORE, made by `polyp-difom extract`)')
@@ -172,7 +195,12 @@ def _sets(sources:Sources) -> dict: # name -> pairs
 
 def _fingerprints(sources:Sources, sets:dict) -> dict: # part -> what its images and masks are known by
     "What a result depends on beside its options."
-    return {name: fingerprint(pairs) for name, pairs in (sets | {'training images': train_pairs(sources.data)}).items()}
+    found = {name: fingerprint(pairs) for name, pairs in (sets | {'training images': train_pairs(sources.data)}).items()}
+    if sources.unlabelled: found['frames'] = bytes_hash(b''.join(sorted(parallel_map(file_hash, list_images(sources.unlabelled), 'reading')))).hex()
+    file = parse_spec(sources.backbone)[1] if sources.backbone else None
+    return found | ({'backbone': file_hash(file).hex()} if file else {})
+
+_optional = ('frames', 'backbone') # where the arms that were asked for do without
 
 def _score(run:Path, sets:dict) -> tuple: # sets, cost
     "Scores and per-image records of a run on every set; parameters (millions) and GMACs of what is deployed."
@@ -184,6 +212,11 @@ def _score(run:Path, sets:dict) -> tuple: # sets, cost
     return scored, dict(parameters=round(parameters, 4), gmacs=round(gmacs, 4), size=settings['size'])
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #8e9a3449
+def _read_json(path:Path) -> dict:
+    "Raises `InputError`."
+    try: return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error: raise InputError(f'{path}: not readable ({printable(error)[:80]}); remove it, and the run that it is of') from None
+
 def _write_json(path:Path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary: temporary.write_text(json.dumps(value, indent=1))
@@ -196,7 +229,7 @@ def _score_teacher(out:Path, sets:dict) -> dict:
         if not file.exists():
             scored, cost = _score(out/'teacher', sets)
             _write_json(file, dict(sets=scored, cost=cost))
-    return json.loads(file.read_text())
+    return _read_json(file)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #6ec0f5a2
 def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.json'
@@ -204,17 +237,22 @@ def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.j
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     return json.loads(json.dumps(dict(student=job.student, **job.options, teacher_options=recipe.teacher)))
 
+def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
+    "Raise `InputError` for what was made with other options, or of other images."
+    if not isinstance(before := held.get('configuration'), dict): raise InputError(f'{file}: is damaged; remove it and the run')
+    now, known = _configuration(job, recipe), held.get('data', data)
+    different = [f'{key} {before.get(key)} then, {now.get(key)} now' for key in before | now if before.get(key) != now.get(key)]
+    if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
+    other = [name for name in known | data if known.get(name) != data.get(name) and not (name in _optional and name not in known.keys() & data.keys())]
+    if other: raise InputError(f'{file}: made with other images or weights ({name_some(other, 3)}); give the same data, --test, --unlabelled and --backbone, or choose another --out')
+
 def _is_done(job:Job, recipe:Recipe, out:Path, data:dict) -> bool:
-    "Raises `InputError` for a result of other options or data."
+    "Raises `InputError` for a result of another run, of other options or data."
     file = _result(job, out)
     if not file.exists(): return False
     result = read_result(file)
-    held, now = result['configuration'], _configuration(job, recipe)
-    different = [f'{key} {held.get(key)} then, {now.get(key)} now' for key in held | now if held.get(key) != now.get(key)]
-    if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
-    known = result.get('data', data)
-    other = [name for name in known | data if known.get(name) != data.get(name)]
-    if other: raise InputError(f'{file}: made with other images ({name_some(other, 3)}); give the same data and --test, or choose another --out')
+    if (result['student'], result['arm'], result['seed']) != (job.student, job.arm, job.seed): raise InputError(f'{file}: is of {result["student"]}, {result["arm"]}, seed {result["seed"]}; remove it')
+    _check_same(file, result, job, recipe, data)
     return True
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #431b5962
@@ -234,7 +272,9 @@ def _check_options(job:Job):
 
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
-    run, start = out/'runs'/job.place, time.perf_counter()
+    run, begun, start = out/'runs'/job.place, out/'begun'/f'{job.place}.json', time.perf_counter()
+    if (run/'last.safetensors').exists(): _check_same(begun, _read_json(begun), job, recipe, data)
+    else: _write_json(begun, dict(configuration=_configuration(job, recipe), data=data))
     if (run/'last.safetensors').exists(): resume(run, device=device)
     else: train(sources.data, run, **_train_options(job, recipe, sources, out), device=device)
     scored, cost = _score(run, sets)
@@ -302,10 +342,14 @@ def reproduce(
     extras = _extras(sources)
     data_known = _fingerprints(sources, _sets(sources))
     for job in jobs: _check_options(job), _is_done(job, recipe, out, data_known)
+    for student in dict.fromkeys(job.options.get('student', job.student) for job in jobs): create_student(student, pretrained=False)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
     _share_work(recipe, sources, jobs, out, device, workers, say)
+    if left := [job for job in jobs if not _result(job, out).exists()]:
+        say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
+        record = None
     return _report(recipe, out, _command(named, sources, out), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
@@ -322,13 +366,14 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
 def _extras(sources:Sources) -> dict: # sequences, duplicates, others: as `write_report` takes them
     "What the report tells beside the runs. Raises `InputError`."
     sets, known = _sets(sources), read_sequences(sources.sequences) if sources.sequences else {}
+    if known and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
     others = [row_from_maps(folder, [sources.data, *sources.tests]) for folder in sources.maps]
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
     return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others)
 
 def _report(recipe:Recipe, out:Path, command:str, extras:dict, record) -> dict:
     "The report of what is there, as soon as two arms have a seed in common."
-    results = read_results(out/'results')
+    results = [r for r in read_results(out/'results') if r['arm'] in recipe.arms and r['student'] in recipe.students]
     twins = {(r['student'], r['seed']) for r in results if r['arm'] == recipe.twin}
     if not any(r['arm'] != recipe.twin and (r['student'], r['seed']) in twins for r in results): return dict(verdict=f'nothing to compare yet: no other arm has a seed in common with {recipe.twin}')
     summary = write_report(results, out/'report', Design(twin=recipe.twin), **extras)

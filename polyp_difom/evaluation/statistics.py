@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import nct, norm, t as student_t, wilcoxon
 
-from ..core import InputError, atomic_path, file_hash, name_some, parallel_map
+from ..core import InputError, atomic_path, file_hash, is_number, name_some, parallel_map
 from ..data.images import read_image
 from ..data.sequences import clinicdb_sequence
 
@@ -250,7 +250,7 @@ class Design:
     beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('published trainable fusion', 'both')) # arm, and the arm that it adds to
     controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'random-weight teacher', 'filter bank')
     rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost')
-    ceilings: tuple = ('labels for all',) # what soft masks stand for
+    references: tuple = ('labels for all',) # what soft masks stand for
     seen: tuple = ('Kvasir', 'CVC-ClinicDB') # sets that training images are of
     headroom: float = .03 # sets with less have nothing to teach
     seeds: int = 3 # that a claim takes
@@ -314,6 +314,8 @@ def differences(
     return found
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #b5e28bf8
+def _score_of(scored): return (scored.get('scores') or {}).get('mDice') if isinstance(scored, dict) else None
+
 _NEEDED = ('arm', 'student', 'seed', 'sets')
 
 def read_result(
@@ -323,6 +325,8 @@ def read_result(
     try: result = json.loads(file.read_text())
     except (OSError, ValueError) as error: raise InputError(f'{file}: no result in it ({error}); remove it and run it again') from None
     if not isinstance(result, dict) or (missing := [key for key in _NEEDED if key not in result]): raise InputError(f'{file}: no {name_some(missing if isinstance(result, dict) else _NEEDED)} in it')
+    wrong = [name for name, scored in result['sets'].items() if not is_number(_score_of(scored), 0, 1)] if isinstance(result['sets'], dict) else ['sets']
+    if wrong or not result['sets']: raise InputError(f'{file}: no mDice between 0 and 1 in it ({name_some(wrong) or "no set"}); remove it and run it again')
     return result
 
 def read_results(

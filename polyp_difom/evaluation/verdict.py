@@ -93,7 +93,7 @@ def _too_few(judged, design) -> str:
 
 def _sentence(student, judged, design) -> str:
     "What the rules say of one student."
-    arms = [j for j in judged if j['base'] == design.twin and j['arm'] not in (*design.controls, *design.rivals, *design.ceilings)]
+    arms = [j for j in judged if j['base'] == design.twin and j['arm'] not in (*design.controls, *design.rivals, *design.references)]
     enough, few = [j for j in arms if j['enough']], [j for j in arms if not j['enough']]
     helping, noise, harming = [j for j in enough if j['helps']], [j for j in enough if not j['helps'] and not j['harms']], [j for j in enough if j['harms']]
     parts = [_no_headroom(arms, design),
@@ -103,7 +103,7 @@ def _sentence(student, judged, design) -> str:
              *(_beside(j) for j in judged if j['base'] != design.twin and j['enough']),
              enough and _control([j for j in judged if j['arm'] in design.controls and j['base'] == design.twin and j['enough']]),
              *(f'the rival {_gain(j, design)} gains' for j in judged if j['arm'] in design.rivals and j['helps'] and j['enough']),
-             *(f'the ceiling, {j["arm"]}, is {_together(j)}' for j in judged if j['arm'] in design.ceilings and j['enough']),
+             *(f'for reference, {j["arm"]} is {_together(j)}' for j in judged if j['arm'] in design.references and j['enough']),
              few and _too_few(few, design)]
     return f'{student} {"; ".join(filter(None, parts))}.'
 

@@ -292,7 +292,8 @@ def _finished(folder) -> dict: # its settings
     "Raises `InputError` for what is no run, or one that has stopped before its end."
     held, settings = _read_settings(Path(folder))
     log = Path(folder)/'log.csv'
-    done, asked = len(pd.read_csv(log)) if log.is_file() else sum(settings['epochs']), sum(settings['epochs'])
+    try: done, asked = len(pd.read_csv(log)) if log.is_file() else sum(settings['epochs']), sum(settings['epochs'])
+    except (ValueError, OSError): raise InputError(f'{log}: not the log of a run; the run is damaged') from None
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
 

@@ -463,6 +463,7 @@ def train(
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
     if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
+    if config.soft_masks and not (features or config.live_teacher): raise InputError('soft_masks: without features there are none; give the store of an adapted teacher (--features)')
     if frames.unlabelled is not None and not (features or config.live_teacher): raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
