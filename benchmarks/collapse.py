@@ -23,8 +23,7 @@ from polyp_difom.model.model import PolypDiFoM, amp_dtype
 from polyp_difom.students.registry import create_student
 from polyp_difom.targets.trainable_fusion import RawMaps, TrainableFusion
 from polyp_difom.targets.latent import build_targets
-from polyp_difom.training.callbacks import PublishedDistillation
-from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score
+from polyp_difom.training.callbacks import Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, PublishedDistillation, TargetWatch, adam, dice_score
 
 ARMS = {'trainable fusion (published)': 'tab:red', 'frozen targets': 'tab:blue'}
 

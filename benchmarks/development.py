@@ -68,6 +68,11 @@ def linked(folder, pairs, masks=False):
     return folder
 
 
+def place(out, name):
+    "The folder of an arm's run."
+    return Path(out)/'runs'/name.replace(',', '').replace(' ', '-')
+
+
 def finished(run):
     "Whether all epochs of a run are done."
     config = json.loads((run/'config.json').read_text()) if (run/'config.json').exists() else {}
@@ -76,7 +81,7 @@ def finished(run):
 
 def run_arm(name, given, labelled, frames):
     "The run of an arm, made or gone on with."
-    run, options = Path(given.out)/'runs'/name.replace(',', '').replace(' ', '-'), SHARED | ARMS[name][2]
+    run, options = place(given.out, name), SHARED | ARMS[name][2]
     if finished(run): return run
     if (run/'last.safetensors').exists(): return resume(run)
     if name == 'labels for all': return train(linked(Path(given.out)/'labelled', labelled + frames, masks=True), run, **options | dict(labels=1., valid=.05))
@@ -108,8 +113,7 @@ if __name__ == '__main__':
     given = parser.parse_args()
     labelled, frames, held = split(given.data)
     for name in given.arms: run_arm(name, given, labelled, frames)
-    places = {name: Path(given.out)/'runs'/name.replace(',', '').replace(' ', '-') for name in ARMS}
-    done = {name: run for name, run in places.items() if finished(run)}
+    done = {name: run for name in ARMS if finished(run := place(given.out, name))}
     dice, groups = {name: score(run, held) for name, run in done.items()}, [('', sequence_of(pair.image)) for pair in held]
     fitted = {name: score(run, labelled) for name, run in done.items() if name.startswith('twin')}
     arms = {name: dict(beside=ARMS[name][0], differs=ARMS[name][1]) | tell(dice[name], dice.get(ARMS[name][0]), groups) for name in done}

@@ -28,8 +28,7 @@ from polyp_difom.targets.latent import TargetBuilder, TargetConfig, TargetStore,
 from polyp_difom.targets.predictability import mean_map_r2
 from polyp_difom.targets.soft_masks import SoftMasks, teacher_dice
 from polyp_difom.targets.projection import phi_s, projections, resize, standardisations
-from polyp_difom.training.callbacks import PublishedDistillation
-from polyp_difom.training.callbacks import Distillation, PhaseSchedule, adam, dice_score
+from polyp_difom.training.callbacks import Distillation, PhaseSchedule, PublishedDistillation, adam, dice_score
 from polyp_difom.training.runs import resume, train
 from safetensors import safe_open
 from safetensors.torch import save_file

@@ -36,7 +36,7 @@ from .statistics import Design, find_duplicates, group_alike, group_images, read
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #ac42a423
 def _slug(name:str) -> str: return re.sub(r'[^\w.=-]+', '-', name).strip('-')
 
 def _check_names(recipe):
@@ -55,6 +55,7 @@ def _check_arms(recipe):
         if own := {'seed', 'preset'} & {*options}: raise InputError(f'recipe {recipe.name}: {name}: {own.pop()} is of the whole recipe; give seeds = […] or preset = "…" at its top')
         if options.get('unlabelled') and recipe.unlabelled is None: raise InputError(f'recipe {recipe.name}: {name} learns from frames without labels; say which at the top: unlabelled = "rest" or "frames"')
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
 _parts = dict(title=str, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
 
 @dataclass(frozen=True)
@@ -286,10 +287,8 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict
     return result
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #e3d24996
-def _work(recipe, sources, jobs, out, device, say):
+def _work(recipe, sources, jobs, out, device, sets, data, say):
     "Do the jobs that nobody else does."
-    sets = _sets(sources)
-    data = _fingerprints(sources, sets)
     for folder in ('locks', 'logs'): (out/folder).mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if _is_done(job, recipe, out, data): continue
@@ -339,14 +338,14 @@ def reproduce(
     sources = Sources(str(data), tuple(map(str, tests)), *places, tuple(map(str, maps)))
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
-    extras = _extras(sources)
-    data_known = _fingerprints(sources, _sets(sources))
+    sets = _sets(sources)
+    extras, data_known = _extras(sources, sets), _fingerprints(sources, sets)
     for job in jobs: _check_options(job), _is_done(job, recipe, out, data_known)
     for student in dict.fromkeys(job.options.get('student', job.student) for job in jobs): create_student(student, pretrained=False)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
-    _share_work(recipe, sources, jobs, out, device, workers, say)
+    _share_work(out, workers, say, recipe, sources, jobs, out, device, sets, data_known)
     if left := [job for job in jobs if not _result(job, out).exists()]:
         say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
         record = None
@@ -363,9 +362,9 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
     return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
 
-def _extras(sources:Sources) -> dict: # sequences, duplicates, others: as `write_report` takes them
+def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others: as `write_report` takes them
     "What the report tells beside the runs. Raises `InputError`."
-    sets, known = _sets(sources), read_sequences(sources.sequences) if sources.sequences else {}
+    known = read_sequences(sources.sequences) if sources.sequences else {}
     if known and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
     others = [row_from_maps(folder, [sources.data, *sources.tests]) for folder in sources.maps]
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
@@ -386,14 +385,14 @@ def _start_worker(*given):
     torch.set_num_threads(1)
     _work(*given, say=print)
 
-def _share_work(recipe, sources, jobs, out, device, workers:int, say):
+def _share_work(out, workers:int, say, *given): # `given`: what `_work` takes before `say`
     "This process and further ones."
-    if workers < 2: return _work(recipe, sources, jobs, out, device, say)
+    if workers < 2: return _work(*given, say)
     context, threads = torch.multiprocessing.get_context('spawn'), torch.get_num_threads()
-    others = [context.Process(target=_start_worker, args=(recipe, sources, jobs, out, device)) for _ in range(workers - 1)]
+    others = [context.Process(target=_start_worker, args=given) for _ in range(workers - 1)]
     for other in others: other.start()
     torch.set_num_threads(max(1, threads//workers))
-    try: _work(recipe, sources, jobs, out, device, say)
+    try: _work(*given, say)
     finally:
         for other in others: other.join()
         torch.set_num_threads(threads)
