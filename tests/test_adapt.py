@@ -200,7 +200,7 @@ def test_mistakes_leave_nothing_behind(change, said, data, tmp_path):
 
 
 def test_damage_is_named(folded, stored, tmp_path):
-    for name, file, content, said in (('a', 'folds.csv', 'x', 'folds.csv: not a table'), ('b', 'fold-1/config.json', '{', 'config.json: not readable'), ('c', 'fold-2/best.safetensors', 'x', 'corrupt')):
+    for name, file, content, said in (('a', 'folds.csv', 'x', 'folds.csv: not a table'), ('d', 'folds.csv', 'fold,image,image_hash\n', 'folds.csv: not a table'), ('b', 'fold-1/config.json', '{', 'config.json: not readable'), ('c', 'fold-2/best.safetensors', 'x', 'corrupt')):
         shutil.copytree(folded, tmp_path/name)
         (tmp_path/name/file).write_text(content)
         with pytest.raises(InputError, match=said): create_teacher(f'adapted={tmp_path}/{name}')

@@ -47,7 +47,7 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
     known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
-    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
+    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze', 'soft masks, as many labels'}
 
 
 def test_arms_differ_from_their_neighbour_in_the_named_thing():
@@ -57,7 +57,14 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('all', 'both') == {'soft_masks'} and differ('all', 'shuffled targets') == {'shuffled'}
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
+    assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, as many labels') == {'batch_size'}
     assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels'}
+
+
+def test_a_source_that_a_recipe_does_not_use_is_refused(data, tmp_path):
+    for name, given in (('unlabelled', data/'TrainDataset'/'images'), ('features', tmp_path)):
+        with pytest.raises(InputError, match=f'nothing in it uses --{name}'): reproduce(TINY, data, tmp_path/'grid', **MADE, **{name: given})
+    assert not (tmp_path/'grid').exists()
 
 
 def test_a_grid_goes_on_where_it_was(grid):

@@ -18,8 +18,8 @@ from polyp_difom.data.images import list_pairs, train_folder
 from polyp_difom.data.loaders import PolypDataset, load_pair, polyp_dataloaders, split_pairs
 from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
-from polyp_difom.targets.trainable_fusion import RawMaps, TrainableFusion, square_window_low
-from polyp_difom.targets.frequency import split_frequency, splits
+from polyp_difom.targets.trainable_fusion import RawMaps, TrainableFusion
+from polyp_difom.targets.frequency import split_frequency, splits, square_window_low
 from polyp_difom.training.losses import output_loss
 from polyp_difom.model.model import PolypDiFoM
 from polyp_difom.published import PublishedUNetPlusPlus

@@ -288,10 +288,16 @@ def test_every_option_is_on_the_command_line():
 
 WRONG = {'--preset papr': 'unknown preset papr', '--labels 0': 'labels 0', '--ratio 1': 'ratio 1', '--augment weak': 'augment weak', '--latents deep': 'latents deep', '--soft-on some': 'soft_on some',
          '--select first': 'select first', '--balance even': 'balance even', '--refresh -1': 'refresh -1', '--unlabelled rest': 'without features', '--soft-loss dice': 'soft',
-         '--live-teacher unet': 'unet', '--schedule cosine': 'schedule cosine'}
+         '--live-teacher unet --soft-on all': 'unet', '--schedule cosine': 'schedule cosine'}
 
 
 @pytest.mark.parametrize('words, told', WRONG.items(), ids=str)
 def test_an_option_that_cannot_be_is_told_in_one_line(words, told, fails, data, tmp_path):
     assert told in fails('train', data, '--student', 'unet,width=4', '--size', 64, '--epochs', 1, 0, 0, '--device', 'cpu', *words.split(), '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
+
+
+def test_soft_masks_without_frames_to_learn_them_on_are_refused_before_training(data, store, tmp_path):
+    with pytest.raises(InputError, match='there are none; give some'): train(data, tmp_path/'run', features=store, temperature=.5, **SHORT)
+    assert not (tmp_path/'run').exists()
+    train(data, tmp_path/'off', features=store, soft_masks=False, **SHORT)

@@ -18,9 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import InputError, name_some, atomic_path, disk_full_error, printable
+from ..data.sequences import named_sequence
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
-from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, sequence_of, set_names, summarise, unseen_sets, write_summary
+from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
 from .verdict import points, verdict_of
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #f443bb27
@@ -220,8 +221,8 @@ def shared_sequences(
     images # names of CVC-ClinicDB's test images
 ) -> tuple: # sequences in the test part, of which so many have frames on the other side
     "Sequences of CVC-ClinicDB that the split puts on both sides, if all that is no test image is for training."
-    length = Counter(sequence_of('CVC-ClinicDB', f'{n}.png') for n in range(1, 613))
-    tested = Counter(sequence_of('CVC-ClinicDB', image) for image in images)
+    length = Counter(named_sequence('CVC-ClinicDB', f'{n}.png') for n in range(1, 613))
+    tested = Counter(named_sequence('CVC-ClinicDB', image) for image in images)
     return len(tested), sum(count < length[sequence] for sequence, count in tested.items())
 
 def _clinic_note(images):

@@ -141,6 +141,8 @@ class Sources:
         needs = {name for job in jobs for name in (job.options.get('features'), 'pretrained' if job.options.get('pretrained') is True and 'student' in job.options else None)}
         if needs & {'adapted', 'random', 'pretrained'} and not self.backbone: raise InputError(f'recipe {recipe.name}: give a pretrained backbone (--backbone timm/NAME=FILE)')
         if 'foundation' in needs and not self.features: raise InputError(f'recipe {recipe.name}: give the features of foundation models (--features STORE, made by `polyp-difom extract`)')
+        idle = dict(unlabelled=recipe.unlabelled != 'frames', features=all(arm.get('features') != 'foundation' for arm in recipe.arms.values()))
+        if left := [name for name, unused in idle.items() if unused and getattr(self, name)]: raise InputError(f'recipe {recipe.name}: nothing in it uses --{left[0]}; leave it away')
         if recipe.unlabelled == 'frames' and not self.unlabelled and any(job.options.get('unlabelled') for job in jobs): raise InputError(f'recipe {recipe.name}: give frames without labels (--unlabelled FOLDER)')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #824d5fdb

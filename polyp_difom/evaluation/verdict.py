@@ -6,7 +6,7 @@
 __all__ = ['points', 'judge', 'verdict_of', 'verdict']
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #717b6ff4
-from .statistics import DISTINCT, TOGETHER, Design, differences
+from .statistics import TOGETHER, Design, differences, is_unseen
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #0fa49fec
 def points(
@@ -17,19 +17,18 @@ def points(
     return f'{100*value:+.1f}' + (f' [{100*ci[0]:.1f}, {100*ci[1]:.1f}]' if ci else '')
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #58abffd4
-def _unseen(entry, design) -> bool: return entry['set'] not in (*design.seen, TOGETHER) and not entry['set'].endswith(DISTINCT)
-
 def _with_headroom(entries, design) -> list:
     return [e for e in entries if (e.get('headroom') or 0) >= design.headroom]
 
 def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, base and student, a set each
     "By the rules: enough seeds, where it gains, where it loses."
-    unseen, first = [e for e in entries if _unseen(e, design)], entries[0]
+    names, first = [e['set'] for e in entries], entries[0]
+    unseen = [e for e in entries if is_unseen(e['set'], names, design)]
     roomy = _with_headroom(unseen, design)
     looked_at = roomy or unseen
     together = next((e for e in entries if e['set'] == TOGETHER), None)
     gains = [e for e in looked_at if e['ci_claim'][0] > 0]
-    losses = [e for e in entries if e['ci_claim'][1] < 0 and not e['set'].endswith(DISTINCT)]
+    losses = [e for e in entries if e['ci_claim'][1] < 0 and (e in unseen or e['set'] in design.seen)]
     helps = bool(gains) or bool(together and together['ci_claim'][0] > 0)
     seeds = min(e['seeds'] for e in entries)
     return {key: first[key] for key in ('arm', 'base', 'student')} | dict(seeds=seeds, enough=seeds >= design.seeds, helps=helps, harms=bool(losses), gains=gains, losses=losses,

@@ -41,7 +41,7 @@ class PolypDiFoM(nn.Module):
         self.bottleneck = nn.Identity() # shows the deepest map to a hook
         self.register_buffer('mean', torch.tensor(imagenet_stats[0])[:, None, None], persistent=False)
         self.register_buffer('std', torch.tensor(imagenet_stats[1])[:, None, None], persistent=False)
-        self.latents = None
+        self.latents = self.teacher_fusion = None # the latter: a `TrainableFusion` that learns along, in training
         if latents == 'paper': self._add_paper_latents(channels)
         if latents == 'free':
             self.stages, self.channels = find_stages(student, self.widths, strides, high_at), channels or 64

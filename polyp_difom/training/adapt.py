@@ -372,7 +372,7 @@ def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
     path = folder/'folds.csv'
     try:
         table = pd.read_csv(path, dtype=dict(fold=int, image_hash=str))
-        if table.fold.min() < 1 or table.fold.max() > 100 or any(len(bytes.fromhex(digest)) != 16 for digest in table.image_hash): raise ValueError
+        if table.empty or table.fold.min() < 1 or table.fold.max() > 100 or any(len(bytes.fromhex(digest)) != 16 for digest in table.image_hash): raise ValueError
     except (ValueError, AttributeError, TypeError): raise InputError(f'{path}: not a table of folds; put it back, or adapt again') from None
     return table
 

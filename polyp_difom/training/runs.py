@@ -226,9 +226,11 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     for part, signal in zip(parts, signals):
         changed = [pair.image.name for pair, ours, theirs in zip(part.pairs, part.image_hashes, signal.hashes) if ours != theirs.hex()]
         if changed: raise InputError(f'{data}: {name_some(changed, 3)} changed while the targets were built; run the command again')
+    soft = signals[0].soft is not None or bool(config.live_teacher)
+    if soft and config.soft_weight and config.soft_on == 'unlabelled' and not unlabelled: raise InputError('soft masks: are learnt from on frames without labels, and there are none; give some (--unlabelled FRAMES), or --soft-on all, or --no-soft-masks')
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, ratio=config.ratio, steps=config.steps)
-    distill = config.distillation(signals[0].soft is not None or bool(config.live_teacher)) if features or config.live_teacher else None
+    distill = config.distillation(soft) if features or config.live_teacher else None
     learn = difom_learner(dls, model, loss, distill, (dice_score, *metrics), [EpochSeed(config.seed), *_teaching(config, device), *cbs])
     learn.teachers = {name: store.array(name).attrs['provenance'] for name in store.check_teachers(target_config.teacher)} if store else {} # how features were made
     return learn
