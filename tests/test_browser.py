@@ -1,0 +1,148 @@
+"What people see: the page of `nbs/apps/inspect.ipynb`, served by Voila and looked at in Chromium."
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from polyp_difom.training.runs import train
+
+ROOT, CHROMIUM = Path(__file__).parents[1], shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason='Chromium is not installed (apt-get install chromium)')
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory):
+    "The address of the page."
+    port, log = free_port(), tmp_path_factory.mktemp('voila')/'log'
+    command = [sys.executable, '-m', 'voila', ROOT/'nbs'/'apps'/'inspect.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']"]
+    with open(log, 'w') as said:
+        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said, env=os.environ | dict(POLYP_DIFOM_STATIC=''), cwd=ROOT)
+        try:
+            for _ in range(240):
+                try: urllib.request.urlopen(f'http://127.0.0.1:{port}/voila/static/voila.js', timeout=1)
+                except urllib.error.HTTPError: break
+                except OSError: time.sleep(.25)
+                else: break
+                assert process.poll() is None, log.read_text()
+            yield f'http://127.0.0.1:{port}/'
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu'])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    "The form, and what the console says."
+    page = browser.new_page(viewport=dict(width=1500, height=1100))
+    page.faults = []
+    page.on('pageerror', lambda error: page.faults.append(str(error)))
+    page.on('console', lambda message: page.faults.append(message.text) if message.type == 'error' and not message.text.startswith('Failed to load resource') else None) # fonts and MathJax, where there is no net
+    page.goto(served, timeout=120_000)
+    page.get_by_role('button', name='look').wait_for(timeout=120_000)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope='module')
+def run(data, features, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp('browser')/'run', student='unet,width=4', features=features, size=64, epochs=(3, 3, 0), steps=6, batch_size=4, lr=5e-3, components=8, device='cpu')
+
+
+def look(page, **places):
+    "Fill the form and press the button."
+    for label, place in places.items(): page.get_by_label(label.replace('_', ' '), exact=True).fill(str(place))
+    page.get_by_role('button', name='look').click()
+
+
+def figure(page, title): return page.locator('.polyp-difom figure').filter(has=page.locator('figcaption', has_text=title)).first
+
+
+def pixels(page, title):
+    "What a canvas shows, as one long list."
+    return figure(page, title).locator('canvas').evaluate('c => Array.from(c.getContext("2d").getImageData(0, 0, c.width, c.height).data)')
+
+
+def settled(page, test, seconds=20):
+    "Wait until a test of the page holds."
+    for _ in range(int(10*seconds)):
+        if test(): return True
+        page.wait_for_timeout(100)
+    return False
+
+
+def test_the_bar_on_the_spectrum_cuts_the_map(page, data, features, tmp_path):
+    look(page, data_set=data, feature_store=features)
+    figure(page, 'LFC').wait_for(timeout=60_000)
+    assert settled(page, lambda: len(pixels(page, 'LFC')) > 4)
+    before, whole = pixels(page, 'LFC'), pixels(page, 'teacher map')
+    assert before != whole
+    bar = page.get_by_role('slider', name='cut-off, fraction of Nyquist')
+    bar.focus()
+    page.keyboard.press('End')
+    assert settled(page, lambda: pixels(page, 'LFC') == whole), 'at the end of the axis the LFC is the map'
+    assert figure(page, 'LFC').locator('.note').inner_text() == '100.0% of the energy'
+    box = bar.bounding_box()
+    page.mouse.move(box['x'] + box['width']*.9, box['y'] + box['height']/2)
+    page.mouse.down()
+    page.mouse.move(box['x'] + box['width']*.25, box['y'] + box['height']/2, steps=4)
+    page.mouse.up()
+    assert settled(page, lambda: pixels(page, 'LFC') != whole) and float(bar.get_attribute('aria-valuenow')) < .5
+    page.screenshot(path=tmp_path/'frequency.png', full_page=True)
+    assert page.faults == []
+
+
+def test_threshold_and_curtain_act_on_the_picture(page, run, data, tmp_path):
+    look(page, run=run)
+    figure(page, 'errors').wait_for(timeout=60_000)
+    assert settled(page, lambda: len(pixels(page, 'errors')) > 4)
+    before, note = pixels(page, 'errors'), figure(page, 'errors').locator('.note').inner_text()
+    assert note.startswith('Dice 0.')
+    handle = page.locator('.widget-slider, .jupyter-widgets').filter(has_text='threshold').last.locator('[role=slider], .noUi-handle').first
+    handle.focus()
+    for _ in range(30): page.keyboard.press('ArrowRight')
+    assert settled(page, lambda: figure(page, 'errors').locator('.note').inner_text().endswith('0.80')) and pixels(page, 'errors') != before
+    curtain = page.get_by_role('slider', name='curtain between two pictures')
+    curtain.focus()
+    page.keyboard.press('End')
+    frame = figure(page, 'drag the curtain').locator('canvas').evaluate('c => Array.from(c.getContext("2d").getImageData(0, 0, c.width - 4, c.height).data)')
+    page.keyboard.press('Home')
+    assert settled(page, lambda: curtain.get_attribute('aria-valuenow') == '0.000')
+    other = figure(page, 'drag the curtain').locator('canvas').evaluate('c => Array.from(c.getContext("2d").getImageData(4, 0, c.width - 4, c.height).data)')
+    assert frame != other and len({*frame}) > 50, 'the frame on one side, the prediction on the other'
+    probability = figure(page, 'probability').locator('canvas').evaluate('c => Array.from(c.getContext("2d").getImageData(4, 0, c.width - 4, c.height).data)')
+    assert other == probability
+    assert figure(page, 'R² on held-out images').locator('polyline').count() >= 2
+    page.screenshot(path=tmp_path/'predictions.png', full_page=True)
+    assert page.faults == []
+
+
+def test_a_mistake_is_a_sentence(page, data, tmp_path):
+    (tmp_path/'empty').mkdir()
+    broken = shutil.copytree(data, tmp_path/'broken')
+    min((broken/'TrainDataset'/'images').iterdir()).write_bytes(b'no picture')
+    for place, told in ((tmp_path/'empty', 'no images in it'), (tmp_path/'nowhere', 'no such folder'), (broken, 'cannot be decoded')):
+        look(page, data_set=place)
+        alert = page.get_by_role('alert').filter(has_text=told)
+        alert.wait_for(timeout=30_000)
+        assert 'Traceback' not in page.content()
+    assert page.faults == []
