@@ -332,9 +332,9 @@ def _check_json(path:Path, overwrite:bool):
 def _score_maps(run, predictions, masks, above) -> dict:
     "Score saved maps and print the table."
     if run or not masks: raise typer.BadParameter('give RUN DATA, or --predictions and --masks')
-    from tqdm import tqdm
+    from polyp_difom.core import progress
     from polyp_difom.evaluation.metrics import score_folder
-    report, _ = score_folder(predictions, masks, progress=lambda stems: tqdm(stems, desc='scoring', unit='image', leave=False), above=above)
+    report, _ = score_folder(predictions, masks, progress=lambda stems: progress(stems, 'scoring'), above=above)
     _print_table([['metric', 'value'], *([key, f'{value:.4f}' if isinstance(value, float) else str(value)] for key, value in report.items())])
     return report
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'is_running', 'atomic_path', 'to_place', 'filesystem', 'read_bytes',
            'bytes_hash', 'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error',
-           'memory_error', 'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options', 'is_whole',
-           'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
+           'memory_error', 'progress', 'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options',
+           'is_whole', 'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
 import ast, difflib, errno, glob, hashlib, math, os, re, reprlib, socket, stat, tempfile, warnings
@@ -19,7 +19,7 @@ from urllib.request import getproxies
 
 import fsspec
 from huggingface_hub import constants
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning) # fastai uses it when it is imported
 
@@ -173,6 +173,16 @@ def memory_error(
         if type(error).__name__ != 'OutOfMemoryError': raise # torch's; this notebook does without torch
         raise InputError(f'teacher {teacher}: out of memory with {batch_size} images at once; give a smaller batch size') from None
 
+# %% ../nbs/00_core.ipynb #3c1fa1fa
+def progress(
+    items=None, # what to loop over; None for a bar that is moved with `update`
+    description:str='', # what is done to each
+    unit:str='image',
+    **options # of tqdm, as `total`
+): # an iterable, and a context manager
+    "A progress bar."
+    return tqdm(items, desc=description, unit=unit, **dict(leave=False, disable=bool(os.environ.get('TQDM_DISABLE'))) | options)
+
 # %% ../nbs/00_core.ipynb #c4bac0b0
 def parallel_map(
     function, # applied to each item, in threads (decoding and resizing release the interpreter lock)
@@ -181,7 +191,7 @@ def parallel_map(
 ) -> list:
     "Map over items with threads and a progress bar; an exception stops it."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, items), desc=description, total=len(items), leave=False))
+        return list(progress(pool.map(function, items), description, total=len(items)))
 
 # %% ../nbs/00_core.ipynb #800e694b
 def nearest(

@@ -1,4 +1,5 @@
 "What people see: the page of `nbs/apps/inspect.ipynb`, served by Voila and looked at in Chromium."
+import json
 import os
 import shutil
 import socket
@@ -146,3 +147,51 @@ def test_a_mistake_is_a_sentence(page, data, tmp_path):
         alert.wait_for(timeout=30_000)
         assert 'Traceback' not in page.content()
     assert page.faults == []
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "JupyterLab, with the quickstart and fewer steps in it."
+    root, port, home = tmp_path_factory.mktemp('lab'), free_port(), tmp_path_factory.mktemp('home')
+    notebook = json.loads((ROOT/'nbs'/'tutorials'/'quickstart.ipynb').read_text())
+    notebook['cells'] = [cell for cell in notebook['cells'] if '#| hide' not in ''.join(cell['source'])] # which asks for what only all steps give
+    for cell in notebook['cells']: cell.update({name: empty for name, empty in dict(outputs=[], execution_count=None).items() if name in cell})
+    text, fewer = json.dumps(notebook), {'epochs=(4, 8, 0), steps=20': 'epochs=(1, 1, 0), steps=2', 'n_train=60': 'n_train=12'}
+    for full, small in fewer.items():
+        assert full in text
+        text = text.replace(full, small)
+    (root/'quickstart.ipynb').write_text(text)
+    command = [sys.executable, '-m', 'jupyter', 'lab', '--no-browser', f'--port={port}', '--IdentityProvider.token=', '--ServerApp.ip=127.0.0.1', f'--ServerApp.root_dir={root}', '--allow-root']
+    with open(root/'log', 'w') as said:
+        environment = os.environ | dict(POLYP_DIFOM_STATIC='', HOME=str(home), JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces'), TQDM_DISABLE='')
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        try:
+            for _ in range(240):
+                try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=1)
+                except OSError: time.sleep(.25)
+                else: break
+                assert process.poll() is None, (root/'log').read_text()
+            yield f'http://127.0.0.1:{port}/lab/tree/quickstart.ipynb', len(notebook['cells']), sum(cell['cell_type'] == 'code' for cell in notebook['cells'])
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def test_the_quickstart_runs_in_jupyterlab_cell_by_cell(browser, lab, tmp_path):
+    place, every, code = lab
+    page = browser.new_page(viewport=dict(width=1500, height=1000))
+    page.goto(place, timeout=120_000)
+    cells = page.locator('.jp-Notebook .jp-CodeCell')
+    cells.first.wait_for(timeout=120_000)
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').first.wait_for(timeout=60_000)
+    page.locator('.jp-Notebook .jp-Cell').first.click()
+    for _ in range(every): # every cell, prose too
+        page.keyboard.press('Shift+Enter')
+        page.wait_for_timeout(150)
+    done = page.locator('.jp-InputPrompt').filter(has_text=f'[{code}]:')
+    assert settled(page, lambda: done.count() == 1 or page.get_by_text('Traceback').count(), 240)
+    page.screenshot(path=tmp_path/'lab.png')
+    assert page.get_by_text('Traceback').count() == 0 and page.get_by_text('Error displaying widget').count() == 0
+    figures = page.locator('.jp-OutputArea .polyp-difom figure')
+    assert settled(page, lambda: figures.count() >= 5), 'the inspectors are alive'
+    page.close()

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import binary_erosion
-from tqdm import tqdm
 
-from ..core import InputError, atomic_path, disk_full_error, filesystem, find_device, name_some, read_bytes, to_place
+from ..core import InputError, atomic_path, disk_full_error, filesystem, find_device, name_some, read_bytes, to_place, progress
 from ..data.images import is_mask_folder, list_images, read_image, to_picture
 from ..model.model import PolypDiFoM, load_model, to_input, to_map
 from ..weights import check_fields, of_type, whole_number
@@ -183,7 +182,7 @@ def predict_files(
     outputs = [out/name for name in _output_names(names)]
     _refuse_overwriting(paths, outputs, out, overwrite)
     broken = []
-    for path, output in zip(tqdm(paths, desc='predicting', unit='image', leave=False), outputs):
+    for path, output in zip(progress(paths, 'predicting'), outputs):
         try: picture = _predict_picture(predictor, path, threshold, overlay)
         except InputError as error: broken.append(error); continue
         try: _save_png(picture, output)

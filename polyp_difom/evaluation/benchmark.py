@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable
+from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable, progress
 from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
 from ..data.loaders import hash_pairs
 from ..model.model import PolypDiFoM, predict
@@ -54,7 +53,7 @@ def score_set(
     metrics = SegmentationMetrics()
     with ThreadPoolExecutor() as pool:
         futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size), pair, above)
-                   for pair in tqdm(pairs, desc=name, unit='image', leave=False)]
+                   for pair in progress(pairs, name)]
         for future in futures: metrics.keep(*future.result())
     images = pd.Index([printable(pair.image.name) for pair in pairs], name='image')
     empty = sum(not scores['area'] for scores in metrics.scores)

@@ -10,9 +10,8 @@ import logging, os, time
 
 import torch
 from fastcore.basics import patch
-from tqdm import tqdm
 
-from ..core import InputError, disk_full_error, file_hash, memory_error, to_place
+from ..core import InputError, disk_full_error, file_hash, memory_error, to_place, progress
 from ..data.images import Layout, list_images
 from ..teachers.registry import create_teacher
 from .store import FeatureStore, views
@@ -101,7 +100,7 @@ def _extract_teacher(ray, spec, images, hashes, out, batch_size, workers, flips,
     work = FeatureStore(out, create=True).plan(teacher, images, hashes, views if flips else ('',), verify)
     shares, start, inside, errors = make_shares(work, batch_size, workers), time.perf_counter(), 0., []
     workers = max(1, min(workers, len(shares)))
-    with tqdm(total=len(work), desc=teacher.name, unit='image') as bar:
+    with progress(total=len(work), description=teacher.name, leave=True) as bar:
         if shares: inside, errors = _run(ray, spec, shares, batch_size, out, workers, bar)
     return report(teacher.name, len(work), time.perf_counter() - start, inside/workers), errors
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from tqdm import tqdm
 
-from ..core import bytes_hash, disk_full_error, file_hash, find_device, InputError, memory_error, name_some, parallel_map, read_bytes, unwritable_error
+from ..core import bytes_hash, disk_full_error, file_hash, find_device, InputError, memory_error, name_some, parallel_map, read_bytes, unwritable_error, progress
 from ..data.images import Layout, list_images, read_image
 from ..teachers.base import Teacher
 from ..teachers.registry import create_teacher
@@ -130,7 +129,7 @@ def report(
 def _make_maps(store, teacher, images, hashes, batch_size, wanted, verify) -> tuple: # report, errors
     "Write the maps that the store lacks."
     work, (start, inside, errors) = store.plan(teacher, images, hashes, wanted, verify), (time.perf_counter(), 0., [])
-    with tqdm(total=len(work), desc=teacher.name, unit='image') as bar, unwritable_error(store.path):
+    with progress(total=len(work), description=teacher.name, leave=True) as bar, unwritable_error(store.path):
         for seen, seconds, broken in write_maps(store.array(teacher.name), teacher, work, batch_size):
             inside, errors = inside + seconds, errors + broken
             bar.update(seen)

@@ -13,9 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from ipywidgets import Button, Dropdown, FloatSlider, HBox, HTML, Layout as Place, jslink
-from tqdm.auto import tqdm
 
-from ..core import InputError, atomic_path, printable, unwritable_error
+from ..core import InputError, atomic_path, printable, unwritable_error, progress
 from ..data.images import decisions, list_images, read_decisions, read_image
 from ..model.model import predict
 from ..deploy.predictor import read_run
@@ -79,7 +78,7 @@ class _Labelling:
             try: p = self.soft_mask(self.frames[i])
             except InputError: return 0.
             return float((4*p*(1 - p)).mean())
-        found = {i: doubt(i) for i in tqdm(range(len(self.frames)), desc='looking', unit='frame', leave=False)} if change['new'] == 'least sure first' else {}
+        found = {i: doubt(i) for i in progress(range(len(self.frames)), 'looking', unit='frame')} if change['new'] == 'least sure first' else {}
         self.order, self.at = sorted(range(len(self.frames)), key=lambda i: (-found.get(i, 0), i)), 0
         self.show()
 

@@ -60,6 +60,8 @@ class Inspector(VBox):
         self.view, self.figure = view, figure
         for name, part in parts.items(): setattr(self, name, part)
 
+    def __repr__(self): return f'Inspector({", ".join(panel.get("title", panel["kind"]) for panel in self.view.panels)})'
+
     def _repr_mimebundle_(self, **options):
         static = bool(os.environ.get('POLYP_DIFOM_STATIC'))
         found = {} if static else super()._repr_mimebundle_(**options)

@@ -17,9 +17,8 @@ import torch
 from ipywidgets import Dropdown, FloatSlider, HBox, HTML, IntSlider, Layout as Place, jslink
 from PIL import Image
 from scipy.fft import dctn
-from tqdm.auto import tqdm
 
-from ..core import InputError, printable
+from ..core import InputError, printable, progress
 from ..data.images import Layout, read_image, read_mask, test_sets, train_pairs
 from ..features.store import FeatureStore
 from ..targets.frequency import low_profile, split_frequency, splits
@@ -168,7 +167,7 @@ def predict_pairs(
 ) -> list: # of `Predicted`
     "What a run says of each image. Raises `InputError` for a run that is none, or a picture that does not decode."
     model, settings = read_run(run)
-    return [Predicted(pair, predict(model, read_image(pair.image), settings['size']), above) for pair in tqdm(pairs, desc='predicting', unit='image', leave=False)]
+    return [Predicted(pair, predict(model, read_image(pair.image), settings['size']), above) for pair in progress(pairs, 'predicting')]
 
 orders = {'Dice, worst first': lambda one: one.dice, 'Dice, best first': lambda one: -one.dice,
           'polyp, smallest first': lambda one: one.area, 'least sure first': lambda one: -one.doubt}

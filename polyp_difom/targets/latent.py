@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from tqdm import tqdm
 
-from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, is_number, is_whole, nearest, parallel_map, unwritable_error
+from ..core import DamagedError, InputError, damage_error, disk_full_error, file_hash, is_number, is_whole, nearest, parallel_map, unwritable_error, progress
 from ..features.store import FeatureStore, new_array, open_group
 from .frequency import pads, split_frequency, splits
 from .predictability import held_out_errors, image_features, predictable
@@ -129,7 +128,7 @@ def list_layers(store, teacher:str) -> list: # channels of each
 # %% ../../nbs/05_targets/03_latent.ipynb #b552e63e
 def _samples(store, teachers, hashes, field):
     "Of each image, all teachers' channels at the drawn pixels, (C, n)."
-    for digest in tqdm(hashes, desc='fitting targets', unit='image', leave=False):
+    for digest in progress(hashes, 'fitting targets'):
         pixels = _positions(digest, field[0]*field[1])
         yield torch.cat([sample(read_features(store, teacher, digest), pixels, field) for teacher in teachers])
 
@@ -151,7 +150,7 @@ def _predictable(store, images, hashes, builder, most:int=400) -> tuple: # numbe
     if any(isinstance(image, bytes) for image in images): raise InputError('components auto: needs the images, not their hashes')
     step = -(-len(images)//most)
     seen, digests = images[::step], hashes[::step]
-    looks = [image_features(image) for image in tqdm(seen, desc='looking at images', unit='image', leave=False)]
+    looks = [image_features(image) for image in progress(seen, 'looking at images')]
     target = lambda digest: builder([read_features(store, teacher, digest) for teacher in builder.fitted['teachers']])
     pairs = lambda k, grid: ((resize(look, grid, antialias=True), target(digest)[k]) for look, digest in zip(looks, digests))
     return predictable([held_out_errors(pairs(k, grid), len(seen)) for k, grid in enumerate(builder.grids)])
@@ -188,7 +187,7 @@ def fit_targets(
     teachers, hashes = store.check_teachers(config.teacher), hashes or [image if isinstance(image, bytes) else file_hash(image) for image in images]
     builder = _fit_builder(store, teachers, hashes, grids, channels, config, images)
     if config.unit_variance:
-        builder.scales = _unit_scales(builder([read_features(store, teacher, digest) for teacher in teachers]) for digest in tqdm(hashes, desc='scaling targets', unit='image', leave=False))
+        builder.scales = _unit_scales(builder([read_features(store, teacher, digest) for teacher in teachers]) for digest in progress(hashes, 'scaling targets'))
     return builder
 
 # %% ../../nbs/05_targets/03_latent.ipynb #e6fde014
@@ -201,7 +200,7 @@ def _write_targets(path, store, hashes, builder, provenance):
     "Write the target of every image, and the projection that made it."
     group, size = open_group(path, 'w'), len(builder.bias)*sum(h*w for h, w in builder.grids)
     array = new_array(group, 'targets', (len(hashes), size), (1, size))
-    for i, image in enumerate(tqdm(hashes, desc='targets', unit='image', leave=False)):
+    for i, image in enumerate(progress(hashes, 'targets')):
         target = builder([read_features(store, teacher, image) for teacher in builder.fitted['teachers']])
         array[i] = torch.cat([part.flatten() for part in target]).half().numpy()
     index = np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 16)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
-from ..core import (InputError, atomic_path, check_number, disk_full_error, file_hash, find_device, name_some, parallel_map, parse_spec,
+from ..core import (InputError, atomic_path, check_number, disk_full_error, file_hash, find_device, name_some, parallel_map, parse_spec, progress,
                               printable, read_options)
 
 import numpy as np
@@ -26,7 +26,6 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
-from tqdm import tqdm
 
 from ..weights import check_fields, of_type, read_tensors, whole_number
 from ..data.images import Layout, read_image, read_mask, train_pairs
@@ -403,7 +402,7 @@ def _score(
         mask = torch.from_numpy(read_mask(pair.mask, above))
         probability = to_map(predict(pair.image), mask.shape)
         return threshold_dice(probability.numpy(), mask.numpy()), dice_score(probability[None, None] - .5, mask[None, None]).item()
-    return {pair: both(pair) for pair in tqdm(pairs, desc='scoring', unit='image', leave=False)}
+    return {pair: both(pair) for pair in progress(pairs, 'scoring')}
 
 def _run_logits(run, device):
     model, size = load_model(run).to(device), _finished(run)['size']

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, name_some, nearest, parallel_map, printable, read_options, to_place
+from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, name_some, nearest, parallel_map, printable, read_options, to_place, progress
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,6 @@ import torch
 from fastai.callback.core import Callback
 from matplotlib.figure import Figure
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from ..weights import read_tensors, save_tensors
 from ..data.images import Layout, layout_options, list_images, test_sets, train_pairs
@@ -83,7 +82,7 @@ class ConsoleProgress(Callback):
     order, remove_on_fetch = 70, True
     def before_fit(self):
         self.told = len(self.epoch_log.rows)
-        self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc='training', unit='batch', smoothing=0.05, leave=False)
+        self.bar = progress(total=self.n_epoch*len(self.dls.train), description='training', unit='batch', smoothing=0.05)
 
     def before_train(self): self.bar.update(self.epoch*len(self.dls.train) - self.bar.n)
     def after_batch(self):
