@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test export readme clean
+.PHONY: install demo test export readme docs clean
 
 # The environment is made once; it is made again when the package's needs change.
 install: .venv/installed
@@ -26,9 +26,16 @@ export: install
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
+	$(BIN)/python nbs/llms.py
 
 readme: install
 	$(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > README.md
+
+# The site, in _docs. Quarto is no Python package.
+docs: install
+	@command -v quarto > /dev/null || { echo 'Quarto is not installed: see https://quarto.org/docs/get-started, then run make docs again'; exit 1; }
+	$(BIN)/python nbs/llms.py
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev_docs
 
 clean:
 	rm -rf .venv build dist *.egg-info _docs _proc

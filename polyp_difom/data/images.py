@@ -457,7 +457,7 @@ def read_decisions(
     except (OSError, ValueError, csv.Error): raise InputError(f'{file}: not readable as CSV') from None
     if header[:2] != ['frame', 'decision']: raise InputError(f'{file}: needs the columns frame and decision')
     if other := [row for row in rows if len(row) < 2 or row[1] not in decisions]: raise InputError(f'{file}: {",".join(other[0])} is no decision; write {", ".join(decisions)}')
-    return {Path(file).parent/frame: decision for frame, decision, *_ in rows}
+    return {Path(os.path.normpath(Path(file).absolute().parent/frame)): decision for frame, decision, *_ in rows}
 
 def accepted_frames(
     file # as for `read_decisions`

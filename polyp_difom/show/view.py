@@ -68,5 +68,8 @@ class Inspector(VBox):
         if static and self.figure:
             written = BytesIO()
             self.figure().savefig(written, format='png', dpi=72)
+            few = Image.open(written).convert('RGB').quantize(192) # a third of the bytes
+            written = BytesIO()
+            few.save(written, format='png', optimize=True)
             found['image/png'] = written.getvalue()
         return found

@@ -402,7 +402,7 @@ def inspect_training(
         seen[0] = changed
         try: log = read_log(run)
         except InputError as error: return _say(line, f'waiting: {printable(error)}')
-        _say(line, f'<span style="color:black">{len(log)} epochs, phase {"I"*int(log.phase.iloc[-1])}, Dice {log.valid_dice.iloc[-1]:.3f}</span>')
+        line.value = f'{len(log)} epochs, phase {"I"*int(log.phase.iloc[-1])}, Dice {log.valid_dice.iloc[-1]:.3f}'
         view.panels = log_panels(log)
     def watch():
         while not stop.wait(every): look()
