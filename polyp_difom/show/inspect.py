@@ -14,7 +14,7 @@ from ipywidgets import Button, HTML, Layout as Place, Text, VBox
 from ..core import InputError, printable
 from ..data.images import list_images, read_image, read_mask, train_pairs
 from .figures import show_pairs
-from .view import Inspector, View, to_png
+from .view import Inspector, View, say_error, to_png
 from .widgets import inspect_frequency, inspect_predictions, inspect_training
 
 # %% ../../nbs/09_show/05_inspect.ipynb #fab66de9
@@ -57,8 +57,8 @@ def inspect(
     def look(_=None):
         line.value = 'looking …'
         try: area.children = _inspectors(*(field.value.strip() for field in fields.values()))
-        except (InputError, OSError) as error: line.value = f'<span role="alert" style="color:#a00">{printable(error)}</span>'
-        else: line.value = ''
+        except (InputError, OSError) as error: say_error(line, error)
+        else: say_error(line)
     button.on_click(look)
     if data or features or run: look()
     page = VBox([*fields.values(), button, line, area])

@@ -11,14 +11,14 @@ from io import StringIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
+from fastcore.basics import patch
 from ipywidgets import Button, Dropdown, FloatSlider, HBox, HTML, Layout as Place, jslink
 
 from ..core import InputError, atomic_path, printable, unwritable_error, progress
 from ..data.images import decisions, list_images, read_decisions, read_image
 from ..model.model import predict
 from ..deploy.predictor import read_run
-from .view import Inspector, View, to_png
+from .view import Inspector, View, say_error, to_png
 
 # %% ../../nbs/09_show/04_label.ipynb #f3d457d3
 def write_decisions(
@@ -32,7 +32,7 @@ def write_decisions(
     rows.writerows([os.path.relpath(frame, file.parent), decision] for frame, decision in sorted(decided.items()))
     with unwritable_error(file.parent), atomic_path(file) as path: path.write_text(text.getvalue(), encoding='utf-8')
 
-# %% ../../nbs/09_show/04_label.ipynb #ffe65ef9
+# %% ../../nbs/09_show/04_label.ipynb #0c79cc37
 _keys = dict(a='accept', r='reject', m='annotate')
 
 class _Labelling:
@@ -48,39 +48,46 @@ class _Labelling:
 
     def soft_mask(self, frame): return predict(self.model, read_image(frame), self.size)
 
-    def show(self):
-        told = self.decided.get(self.frame, 'undecided')
-        count = ', '.join(f'{sum(decision == kind for decision in self.decided.values())} {kind}' for kind in decisions)
-        self.line.value = f'{self.at + 1} of {len(self.frames)}: <b>{told}</b>; {count}'
-        try: pictures = dict(frame=to_png(read_image(self.frame)), mask=to_png(self.soft_mask(self.frame)))
-        except InputError as error:
-            self.line.value += f'; <span role="alert" style="color:#a00">{printable(error)}</span>'
-            return self.view.show(panels=[], images={})
-        name = printable(self.frame.name)
-        panels = [dict(kind='picture', image='frame', title=name, alt=f'frame {name} with the teacher\'s mask', outlines=[dict(image='mask', name='teacher\'s mask', colour='#F0E442')]),
-                  dict(kind='picture', image='mask', title='probability', alt='the teacher\'s probability of a polyp')]
-        self.view.show(panels=panels, images=pictures)
+# %% ../../nbs/09_show/04_label.ipynb #05a7ec3e
+@patch
+def show(self:_Labelling):
+    told = self.decided.get(self.frame, 'undecided')
+    count = ', '.join(f'{sum(decision == kind for decision in self.decided.values())} {kind}' for kind in decisions)
+    self.line.value = f'{self.at + 1} of {len(self.frames)}: <b>{told}</b>; {count}'
+    try: pictures = dict(frame=to_png(read_image(self.frame)), mask=to_png(self.soft_mask(self.frame)))
+    except InputError as error:
+        say_error(self.line, error)
+        return self.view.show(panels=[], images={})
+    name = printable(self.frame.name)
+    panels = [dict(kind='picture', image='frame', title=name, alt=f'frame {name} with the teacher\'s mask', outlines=[dict(image='mask', name='teacher\'s mask', colour='#F0E442')]),
+              dict(kind='picture', image='mask', title='probability', alt='the teacher\'s probability of a polyp')]
+    self.view.show(panels=panels, images=pictures)
 
-    def decide(self, decision:str):
-        self.decided[self.frame] = decision
-        write_decisions(self.decided, self.file)
-        left = [i for i in [*range(self.at + 1, len(self.order)), *range(self.at)] if self.frames[self.order[i]] not in self.decided]
-        self.at = left[0] if left else self.at
-        self.show()
+# %% ../../nbs/09_show/04_label.ipynb #62ae086f
+@patch
+def decide(self:_Labelling, decision:str):
+    self.decided[self.frame] = decision
+    write_decisions(self.decided, self.file)
+    left = [i for i in [*range(self.at + 1, len(self.order)), *range(self.at)] if self.frames[self.order[i]] not in self.decided]
+    self.at = left[0] if left else self.at
+    self.show()
 
-    def step(self, by:int):
-        self.at = (self.at + by) % len(self.frames)
-        self.show()
+@patch
+def step(self:_Labelling, by:int):
+    self.at = (self.at + by) % len(self.frames)
+    self.show()
 
-    def sort(self, change=None):
-        "Frames by name, or by the mean of 4p(1-p)."
-        def doubt(i):
-            try: p = self.soft_mask(self.frames[i])
-            except InputError: return 0.
-            return float((4*p*(1 - p)).mean())
-        found = {i: doubt(i) for i in progress(range(len(self.frames)), 'looking', unit='frame')} if change['new'] == 'least sure first' else {}
-        self.order, self.at = sorted(range(len(self.frames)), key=lambda i: (-found.get(i, 0), i)), 0
-        self.show()
+# %% ../../nbs/09_show/04_label.ipynb #a3a76eca
+@patch
+def sort(self:_Labelling, change=None):
+    "Frames by name, or by the mean of 4p(1-p)."
+    def doubt(i):
+        try: p = self.soft_mask(self.frames[i])
+        except InputError: return 0.
+        return float((4*p*(1 - p)).mean())
+    found = {i: doubt(i) for i in progress(range(len(self.frames)), 'looking', unit='frame')} if change['new'] == 'least sure first' else {}
+    self.order, self.at = sorted(range(len(self.frames)), key=lambda i: (-found.get(i, 0), i)), 0
+    self.show()
 
 # %% ../../nbs/09_show/04_label.ipynb #fc395a5e
 def show_frames(

@@ -14,6 +14,7 @@ from threading import Event, Thread
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from ipywidgets import Dropdown, FloatSlider, HBox, HTML, IntSlider, Layout as Place, jslink
 from PIL import Image
 from scipy.fft import dctn
@@ -21,7 +22,7 @@ from scipy.fft import dctn
 from ..core import InputError, printable, progress
 from ..data.images import Layout, read_image, read_mask, test_sets, train_pairs
 from ..features.store import FeatureStore
-from ..targets.frequency import low_profile, split_frequency, splits
+from ..targets.frequency import low_profile, split_frequency
 from ..targets.latent import read_features, target_of
 from ..targets.projection import resize
 from ..model.latents import output_of
@@ -31,7 +32,7 @@ from ..training.losses import align_latent
 from ..training.runs import load_taught, read_log
 from ..deploy.predictor import read_run
 from .figures import maps_to_colour, radial_spectrum, show_frequency
-from .view import Inspector, View, to_png
+from .view import Inspector, View, say_error, to_png
 
 # %% ../../nbs/09_show/03_widgets.ipynb #7e39ab6d
 def _components(
@@ -80,9 +81,7 @@ def _as_picture(maps, gain:float=1.) -> bytes: # (1 or 3, h, w) of standard devi
     values = (0.5 + gain*maps/5).clamp(0, 1).permute(1, 2, 0).numpy()
     return to_png(values if values.shape[2] == 3 else values[..., 0])
 
-def _say(line, error=''): line.value = f'<span role="alert" style="color:#a00">{error}</span>' 
-
-# %% ../../nbs/09_show/03_widgets.ipynb #5a81a699
+# %% ../../nbs/09_show/03_widgets.ipynb #96cfbbfa
 class _Cutting:
     "What `inspect_frequency` shows: a map that is read once, and parts of it that follow the bar."
     def __init__(self, store, pairs, grids, controls, view):
@@ -94,39 +93,45 @@ class _Cutting:
         "Another image or teacher."
         pair = self.pairs[self.image.value]
         try: self.maps = read_features(self.store, self.teacher.value, pair.image).float()
-        except (InputError, OSError) as error: return _say(self.line, printable(error))
-        _say(self.line)
+        except (InputError, OSError) as error: return say_error(self.line, error)
+        say_error(self.line)
         self.three, self.spectrum, self.pair = _components(self.maps), Spectrum(self.maps), pair
         self.channel.options = [('PCA to colour', -1), *((f'channel {c}', c) for c in range(len(self.maps)))]
         frame = read_image(pair.image)
         self.sent = dict(frame=to_png(frame), **(dict(truth=to_png(read_mask(pair.mask))) if pair.mask else {}))
         self.view.show(panels=self.panels(), images=self.sent | self.cut(), notes=self.tell())
 
-    def panels(self) -> list:
-        truth = [dict(image='truth', name='truth', colour='#56B4E9', mask=True)] if 'truth' in self.sent else []
-        cell = lambda image, title, alt: dict(kind='picture', image=image, title=title, alt=alt, cells=True)
-        (h, w), (h2, w2) = self.grids
-        frequency, power = radial_spectrum(self.maps)
-        spectrum = dict(kind='plot', title='power by frequency; drag the bar', alt='radial power spectrum with the cut-off', xlabel='frequency, fraction of Nyquist', ylabel='power', log=True,
-                        lines=[dict(name=self.teacher.value, x=[0, *map(float, frequency)], y=[None, *map(float, power)])], xrange=[0, 1.42], marker=dict(range=[0, 1.42], step=.01, label='cut-off, fraction of Nyquist'))
-        return [dict(kind='picture', image='frame', title='frame, truth', alt=f'frame {printable(self.pair.image.name)}', **(dict(outlines=truth) if truth else {})), spectrum,
-                cell('map', 'teacher map', 'map of the teacher'), cell('low', 'LFC', 'low frequencies of the map'), cell('high', 'HFC', 'high frequencies of the map'),
-                cell('l1', f'for L1, {h}x{w}', 'what L1 learns'), cell('l2', f'for L2, {h2}x{w2}', 'what L2 learns')]
+# %% ../../nbs/09_show/03_widgets.ipynb #cea06513
+@patch
+def panels(self:_Cutting) -> list:
+    truth = [dict(image='truth', name='truth', colour='#56B4E9', mask=True)] if 'truth' in self.sent else []
+    cell = lambda image, title, alt: dict(kind='picture', image=image, title=title, alt=alt, cells=True)
+    (h, w), (h2, w2) = self.grids
+    frequency, power = radial_spectrum(self.maps)
+    spectrum = dict(kind='plot', title='power by frequency; drag the bar', alt='radial power spectrum with the cut-off', xlabel='frequency, fraction of Nyquist', ylabel='power', log=True,
+                    lines=[dict(name=self.teacher.value, x=[0, *map(float, frequency)], y=[None, *map(float, power)])], xrange=[0, 1.42], marker=dict(range=[0, 1.42], step=.01, label='cut-off, fraction of Nyquist'))
+    return [dict(kind='picture', image='frame', title='frame, truth', alt=f'frame {printable(self.pair.image.name)}', **(dict(outlines=truth) if truth else {})), spectrum,
+            cell('map', 'teacher map', 'map of the teacher'), cell('low', 'LFC', 'low frequencies of the map'), cell('high', 'HFC', 'high frequencies of the map'),
+            cell('l1', f'for L1, {h}x{w}', 'what L1 learns'), cell('l2', f'for L2, {h2}x{w2}', 'what L2 learns')]
 
-    def cut(self) -> dict: # name -> PNG
-        "LFC, HFC and what the latents get of them, at the bar."
-        chosen = self.three if self.channel.value in (-1, None) else _standard(self.maps[self.channel.value])[None]
-        low, high = split_frequency(chosen, self.view.marker, self.shape.value)
-        self.gain = (1/high.std().clamp(min=1e-6)).clamp(max=20).item()
-        parts = dict(map=(chosen, 1.), low=(low, 1.), high=(high, self.gain), l1=(resize(low, self.grids[0], True), 1.), l2=(resize(high, self.grids[1], True), self.gain))
-        return {name: _as_picture(*part) for name, part in parts.items()}
+# %% ../../nbs/09_show/03_widgets.ipynb #41a0d4cb
+@patch
+def cut(self:_Cutting) -> dict: # name -> PNG
+    "LFC, HFC and what the latents get of them, at the bar."
+    chosen = self.three if self.channel.value in (-1, None) else _standard(self.maps[self.channel.value])[None]
+    low, high = split_frequency(chosen, self.view.marker, self.shape.value)
+    self.gain = (1/high.std().clamp(min=1e-6)).clamp(max=20).item()
+    parts = dict(map=(chosen, 1.), low=(low, 1.), high=(high, self.gain), l1=(resize(low, self.grids[0], True), 1.), l2=(resize(high, self.grids[1], True), self.gain))
+    return {name: _as_picture(*part) for name, part in parts.items()}
 
-    def tell(self) -> dict: # name -> line
-        low, high = self.spectrum.shares(self.view.marker, self.shape.value)
-        stronger = f', drawn {self.gain:.1f} times as strong'
-        return dict(low=f'{low:.1%} of the energy', high=f'{high:.1%} of the energy{stronger}', l2=stronger[2:])
+@patch
+def tell(self:_Cutting) -> dict: # name -> line
+    low, high = self.spectrum.shares(self.view.marker, self.shape.value)
+    stronger = f', drawn {self.gain:.1f} times as strong'
+    return dict(low=f'{low:.1%} of the energy', high=f'{high:.1%} of the energy{stronger}', l2=stronger[2:])
 
-    def redraw(self, change=None): self.view.show(images=self.sent | self.cut(), notes=self.tell())
+@patch
+def redraw(self:_Cutting, change=None): self.view.show(images=self.sent | self.cut(), notes=self.tell())
 
 def _standard(channel): # (h, w) -> mean zero, standard deviation one
     return (channel - channel.mean())/channel.std().clamp(min=1e-6)
@@ -189,7 +194,7 @@ class Taught:
             found[name] = latent, target, 1 - ((latent - target).square().sum()/spread.clamp(min=1e-12)).item()
         return found
 
-# %% ../../nbs/09_show/03_widgets.ipynb #4f33c7dd
+# %% ../../nbs/09_show/03_widgets.ipynb #b0e3e313
 class _Looking:
     "What `inspect_predictions` shows."
     def __init__(self, run, sets, other, above, view, line):
@@ -203,7 +208,7 @@ class _Looking:
         name = self.set.value
         if name not in self.seen:
             try: self.seen[name] = predict_pairs(self.run, self.sets[name], self.above), predict_pairs(self.other, self.sets[name], self.above) if self.other else None
-            except (InputError, OSError) as error: return _say(self.line, printable(error))
+            except (InputError, OSError) as error: return say_error(self.line, error)
         self.sort()
 
     def sort(self, change=None):
@@ -216,39 +221,46 @@ class _Looking:
         if self.place.value == 1: self.show()
         else: self.place.value = 1
 
-    def layers(self, one, rival) -> tuple: # name -> picture, name -> line
-        frame = read_image(one.pair.image)
-        pictures, notes = dict(frame=to_png(frame), truth=one.truth, prediction=one.probability), {}
-        if rival: pictures['other run'] = rival.probability
-        try: found = self.taught(one.pair.image, self.size) if self.taught else {}
-        except (InputError, OSError): found = {}
-        for (name, (latent, target, r2)), part in zip(found.items(), ('LFC', 'HFC')):
-            pictures[part], pictures[name] = map(to_png, maps_to_colour(target, latent))
-            notes[name] = f'R² {r2:.2f} in this image'
-        return pictures, notes
+# %% ../../nbs/09_show/03_widgets.ipynb #3f85b1b1
+@patch
+def layers(self:_Looking, one, rival) -> tuple: # name -> picture, name -> line
+    frame = read_image(one.pair.image)
+    pictures, notes = dict(frame=to_png(frame), truth=one.truth, prediction=one.probability), {}
+    if rival: pictures['other run'] = rival.probability
+    try: found = self.taught(one.pair.image, self.size) if self.taught else {}
+    except (InputError, OSError): found = {}
+    for (name, (latent, target, r2)), part in zip(found.items(), ('LFC', 'HFC')):
+        pictures[part], pictures[name] = map(to_png, maps_to_colour(target, latent))
+        notes[name] = f'R² {r2:.2f} in this image'
+    return pictures, notes
 
-    def show(self, change=None):
-        _say(self.line)
-        one, rival = self.ranked[self.place.value - 1]
-        self.one = one
-        try: self.pictures, notes = self.layers(one, rival)
-        except (InputError, OSError) as error: return _say(self.line, printable(error))
-        for side in (self.left, self.right):
-            if side.options != tuple(self.pictures): side.options = tuple(self.pictures)
-        if self.left.value == self.right.value: self.right.value = 'prediction'
-        self.view.show(panels=self.panels(rival), images=self.pictures, notes=notes | dict(frame=f'{one.name}: Dice {one.dice:.3f} at 0.5, polyp {one.area:.1%} of the frame'))
+# %% ../../nbs/09_show/03_widgets.ipynb #03aac8e9
+@patch
+def show(self:_Looking, change=None):
+    say_error(self.line)
+    one, rival = self.ranked[self.place.value - 1]
+    self.one = one
+    try: self.pictures, notes = self.layers(one, rival)
+    except (InputError, OSError) as error: return say_error(self.line, error)
+    for side in (self.left, self.right):
+        if side.options != tuple(self.pictures): side.options = tuple(self.pictures)
+    if self.left.value == self.right.value: self.right.value = 'prediction'
+    self.view.show(panels=self.panels(rival), images=self.pictures, notes=notes | dict(frame=f'{one.name}: Dice {one.dice:.3f} at 0.5, polyp {one.area:.1%} of the frame'))
 
-    def panels(self, rival) -> list:
-        error = lambda image: dict(truth='truth', prediction=image)
-        lines = [dict(image='truth', name='truth', colour='#56B4E9', mask=True), dict(image='prediction', name='prediction', colour='#F0E442')]
-        found = [dict(kind='picture', image='frame', title='frame, truth and prediction', alt=f'frame {self.one.name}', outlines=lines), dict(kind='picture', image='frame', title='errors', alt='missed and invented polyp', error=error('prediction')),
-                 dict(kind='picture', image='prediction', title='probability', alt='probability of a polyp')]
-        if rival: found.append(dict(kind='picture', image='frame', title='errors of the other run', alt='errors of the other run', error=error('other run')))
-        found.append(dict(kind='curtain', title='drag the curtain', alt='curtain between two pictures', left=dict(image=self.left.value, title=self.left.value), right=dict(image=self.right.value, title=self.right.value)))
-        return found + [dict(kind='picture', image=name, title=name, alt=name, cells=True) for name in ('LFC', 'L1', 'HFC', 'L2') if name in self.pictures]
+@patch
+def hang(self:_Looking, change=None):
+    if hasattr(self, 'ranked') and self.left.value and self.right.value: self.view.panels = self.panels(self.ranked[self.place.value - 1][1])
 
-    def hang(self, change=None):
-        if hasattr(self, 'ranked') and self.left.value and self.right.value: self.view.panels = self.panels(self.ranked[self.place.value - 1][1])
+# %% ../../nbs/09_show/03_widgets.ipynb #b8932836
+@patch
+def panels(self:_Looking, rival) -> list:
+    error = lambda image: dict(truth='truth', prediction=image)
+    lines = [dict(image='truth', name='truth', colour='#56B4E9', mask=True), dict(image='prediction', name='prediction', colour='#F0E442')]
+    found = [dict(kind='picture', image='frame', title='frame, truth and prediction', alt=f'frame {self.one.name}', outlines=lines), dict(kind='picture', image='frame', title='errors', alt='missed and invented polyp', error=error('prediction')),
+             dict(kind='picture', image='prediction', title='probability', alt='probability of a polyp')]
+    if rival: found.append(dict(kind='picture', image='frame', title='errors of the other run', alt='errors of the other run', error=error('other run')))
+    found.append(dict(kind='curtain', title='drag the curtain', alt='curtain between two pictures', left=dict(image=self.left.value, title=self.left.value), right=dict(image=self.right.value, title=self.right.value)))
+    return found + [dict(kind='picture', image=name, title=name, alt=name, cells=True) for name in ('LFC', 'L1', 'HFC', 'L2') if name in self.pictures]
 
 # %% ../../nbs/09_show/03_widgets.ipynb #5d1ade57
 def show_predictions(
@@ -295,7 +307,7 @@ def inspect_predictions(
     controls = {name: getattr(looking, name) for name in ('set', 'order', 'place', 'left', 'right')} | dict(threshold=threshold)
     return Inspector(view, [HBox(list(controls.values()), layout=Place(flex_flow='row wrap')), line], lambda: show_predictions(looking.seen[looking.set.value][0], order=looking.order.value), looking=looking, **controls)
 
-# %% ../../nbs/09_show/03_widgets.ipynb #8e0f6162
+# %% ../../nbs/09_show/03_widgets.ipynb #651dc3be
 class _Comparing:
     "What `compare` shows."
     def __init__(self, runs, sets, above, view, line): self.runs, self.sets, self.above, self.view, self.line, self.seen = runs, sets, above, view, line, {}
@@ -303,23 +315,25 @@ class _Comparing:
     def begin(self, change=None):
         name = self.set.value
         try: self.seen[name] = self.seen.get(name) or {label: predict_pairs(run, self.sets[name], self.above) for label, run in self.runs.items()}
-        except (InputError, OSError) as error: return _say(self.line, printable(error))
-        _say(self.line)
+        except (InputError, OSError) as error: return say_error(self.line, error)
+        say_error(self.line)
         self.view.show(chosen=0)
         self.show()
 
-    def show(self, change=None):
-        predicted = self.seen[self.set.value]
-        i = min(self.view.chosen, len(self.sets[self.set.value]) - 1)
-        x, y = ([one.dice for one in predicted[axis.value]] for axis in (self.x, self.y))
-        names = [one.name for one in predicted[self.x.value]]
-        better = sum(b > a for a, b in zip(x, y))
-        scatter = dict(kind='scatter', title=f'Dice at 0.5: {self.y.value} better on {better} of {len(x)}', alt='Dice of each image in two runs', x=x, y=y, names=names, xlabel=self.x.value, ylabel=self.y.value)
-        errors = [dict(kind='picture', image='frame', title=label, alt=f'errors of {label}', error=dict(truth='truth', prediction=f'run {k}')) for k, label in enumerate(self.runs)]
-        one = predicted[self.x.value][i]
-        pictures = dict(frame=to_png(read_image(one.pair.image)), truth=one.truth, **{f'run {k}': predicted[label][i].probability for k, label in enumerate(self.runs)})
-        frame = dict(kind='picture', image='frame', title=names[i], alt=f'frame {names[i]}', outlines=[dict(image='truth', name='truth', colour='#56B4E9', mask=True)])
-        self.view.show(panels=[scatter, frame, *errors], images=pictures)
+# %% ../../nbs/09_show/03_widgets.ipynb #c0368b06
+@patch
+def show(self:_Comparing, change=None):
+    predicted = self.seen[self.set.value]
+    i = min(self.view.chosen, len(self.sets[self.set.value]) - 1)
+    x, y = ([one.dice for one in predicted[axis.value]] for axis in (self.x, self.y))
+    names = [one.name for one in predicted[self.x.value]]
+    better = sum(b > a for a, b in zip(x, y))
+    scatter = dict(kind='scatter', title=f'Dice at 0.5: {self.y.value} better on {better} of {len(x)}', alt='Dice of each image in two runs', x=x, y=y, names=names, xlabel=self.x.value, ylabel=self.y.value)
+    errors = [dict(kind='picture', image='frame', title=label, alt=f'errors of {label}', error=dict(truth='truth', prediction=f'run {k}')) for k, label in enumerate(self.runs)]
+    one = predicted[self.x.value][i]
+    pictures = dict(frame=to_png(read_image(one.pair.image)), truth=one.truth, **{f'run {k}': predicted[label][i].probability for k, label in enumerate(self.runs)})
+    frame = dict(kind='picture', image='frame', title=names[i], alt=f'frame {names[i]}', outlines=[dict(image='truth', name='truth', colour='#56B4E9', mask=True)])
+    self.view.show(panels=[scatter, frame, *errors], images=pictures)
 
 # %% ../../nbs/09_show/03_widgets.ipynb #4c23bb3e
 def show_comparison(predicted:dict): # label -> list of `Predicted`, of two runs
@@ -401,7 +415,7 @@ def inspect_training(
         if changed == seen[0] and changed is not None: return
         seen[0] = changed
         try: log = read_log(run)
-        except InputError as error: return _say(line, f'waiting: {printable(error)}')
+        except InputError as error: return say_error(line, f'waiting: {error}')
         line.value = f'{len(log)} epochs, phase {"I"*int(log.phase.iloc[-1])}, Dice {log.valid_dice.iloc[-1]:.3f}'
         view.panels = log_panels(log)
     def watch():
