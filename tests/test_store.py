@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from polyp_difom.core import DamagedError, InputError, file_hash
 from polyp_difom.data.images import list_images
@@ -21,7 +22,7 @@ from polyp_difom.features import extract as extract_module
 from polyp_difom.features.extract import extract, extract_teacher
 from polyp_difom.features.store import FeatureStore, view_key
 from polyp_difom.targets.latent import TargetConfig, build_targets
-from polyp_difom.teachers.base import Teacher
+from polyp_difom.teachers.base import Teacher, teacher_registry
 from polyp_difom.training.runs import train
 
 COARSE, FINE = 'filterbank,size=32,levels=1,name=coarse', 'filterbank,size=64,levels=1,name=fine'
@@ -433,3 +434,23 @@ def test_an_alias_with_a_folder_in_it_is_kept(store, frames):
 @pytest.mark.parametrize('seed', [True, False])
 def test_a_seed_is_no_truth_value(seed):
     with pytest.raises(InputError, match='projection_seed: (True|False) is no whole number'): TargetConfig(projection_seed=seed)
+
+
+class Odd(Teacher):
+    "Its maps depend on the image: the black probe gets another shape than a frame."
+    def __init__(self, name, shape): super().__init__(name, 32); self.shape = shape
+
+    def features(self, x): return torch.ones(len(x), 4, 8, 8) if not x.any() else torch.ones(len(x), *self.shape)
+
+
+@pytest.mark.parametrize('shape', [(1, 8, 8), (4, 1, 1), (4, 8, 4)])
+def test_a_map_of_another_shape_is_named_and_not_stretched(data, tmp_path, shape, monkeypatch):
+    monkeypatch.setitem(teacher_registry, 'odd', lambda name, checkpoint=None, **options: Odd('odd', shape))
+    with pytest.raises(InputError, match=r'16 of 16 pictures have no features: .*00000.png: teacher odd gives a map of'): extract(data, ['odd'], tmp_path/'store', device='cpu')
+
+
+def test_a_teacher_whose_maps_are_no_maps_is_refused_at_once(data, tmp_path, monkeypatch):
+    class Flat(Odd):
+        def features(self, x): return torch.ones(len(x), 4)
+    monkeypatch.setitem(teacher_registry, 'flat', lambda name, checkpoint=None, **options: Flat('flat', ()))
+    with pytest.raises(InputError, match='maps should be'): extract(data, ['flat'], tmp_path/'store', device='cpu')

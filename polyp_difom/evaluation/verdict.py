@@ -101,7 +101,7 @@ def _sentence(student, judged, design) -> str:
              harming and f'loses from {_each(harming, lambda j: _listed(j["losses"]))}',
              *(_beside(j) for j in judged if j['base'] != design.twin and j['enough']),
              enough and _control([j for j in judged if j['arm'] in design.controls and j['base'] == design.twin and j['enough']]),
-             *(f'the rival {_gain(j, design)} gains' for j in judged if j['arm'] in design.rivals and j['helps'] and j['enough']),
+             *(f'the rival gains, too: {_gain(j, design)}' for j in judged if j['arm'] in design.rivals and j['helps'] and j['enough']),
              *(f'for reference, {j["arm"]} is {_together(j)}' for j in judged if j['arm'] in design.references and j['enough']),
              few and _too_few(few, design)]
     return f'{student} {"; ".join(filter(None, parts))}.'

@@ -55,6 +55,7 @@ def plan(self:FeatureStore,
     jobs = {view_key(digest, view): (image, digest, view) for view in wanted for image, digest in zip(images, hashes)}
     self.add_images(list(jobs))
     probe = teacher(torch.zeros(1, 3, teacher.size, teacher.size, device=teacher.mean.device))
+    if probe.ndim != 4: raise InputError(f'teacher {teacher.name}: gives {tuple(probe.shape)} for one image; maps should be (1, channels, height, width)')
     self.add_teacher(teacher.provenance, tuple(probe.shape[1:]))
     keys = list(jobs)
     return [Job(*jobs[keys[i]], self.rows[keys[i]]) for i in self.missing(teacher.name, keys, verify)]
@@ -96,6 +97,11 @@ def _look(teacher:Teacher, batch:list, images) -> np.ndarray: # list of `Job`, (
     return torch.stack([maps[i] for i in range(len(batch))]).numpy()
 
 # %% ../../nbs/03_features/02_extract.ipynb #6742e089
+def _map_fault(one, shape) -> str: # empty if there is none
+    "Why a map cannot be stored; one of another shape would be stretched to fit."
+    if one.shape != tuple(shape): return f'a map of {one.shape}, and the others are {tuple(shape)}'
+    return '' if np.isfinite(one).all() else 'values beyond half precision'
+
 def write_maps(
     array, # of `FeatureStore.array`
     teacher:Teacher,
@@ -108,11 +114,11 @@ def write_maps(
         for batch, images, errors in _read_ahead(pool, work, teacher.size, batch_size):
             start = time.perf_counter()
             maps = _look(teacher, batch, images) if batch else ()
-            inside, finite = time.perf_counter() - start, [np.isfinite(one).all() for one in maps]
-            errors += [InputError(f'{job.image}: teacher {teacher.name} gives values beyond half precision') for job, good in zip(batch, finite) if not good]
+            inside, faults = time.perf_counter() - start, [_map_fault(one, array.shape[1:]) for one in maps]
+            errors += [InputError(f'{job.image}: teacher {teacher.name} gives {fault}') for job, fault in zip(batch, faults) if fault]
             for future in writing: future.result()
-            writing = [pool.submit(array.__setitem__, job.row, one) for job, one, good in zip(batch, maps, finite) if good]
-            yield len(batch) + len(errors) - finite.count(False), inside, errors
+            writing = [pool.submit(array.__setitem__, job.row, one) for job, one, fault in zip(batch, maps, faults) if not fault]
+            yield len(batch) + len(errors) - sum(map(bool, faults)), inside, errors
         for future in writing: future.result()
 
 # %% ../../nbs/03_features/02_extract.ipynb #cc5bb112
