@@ -334,7 +334,7 @@ def _png(figure) -> bytes:
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #3df5b5f7
 _how = (
-    'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of seeds beside images, images drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
+    'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
     "The verdict uses intervals that hold for all unseen sets at once with 95 %. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
     'Published rows: 352 px, 120 epochs, all labels, which ours need not be; Em is the maximum of the curve for ours, and not told for theirs.')
