@@ -194,4 +194,9 @@ def test_the_quickstart_runs_in_jupyterlab_cell_by_cell(browser, lab, tmp_path):
     assert page.get_by_text('Traceback').count() == 0 and page.get_by_text('Error displaying widget').count() == 0
     figures = page.locator('.jp-OutputArea .polyp-difom figure')
     assert settled(page, lambda: figures.count() >= 5), 'the inspectors are alive'
+    bar = page.get_by_role('slider', name='curtain between two pictures').last
+    bar.focus()
+    value = bar.get_attribute('aria-valuenow')
+    page.keyboard.press('ArrowRight')
+    assert settled(page, lambda: bar.get_attribute('aria-valuenow') != value), 'JupyterLab leaves the keys to the view'
     page.close()

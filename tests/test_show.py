@@ -14,7 +14,7 @@ from polyp_difom.core import InputError
 from polyp_difom.data.images import Pair, list_images, list_pairs
 from polyp_difom.show.figures import show_extremes, show_pairs, show_road
 from polyp_difom.show.label import label_frames
-from polyp_difom.show.widgets import Spectrum, Taught
+from polyp_difom.show.widgets import Spectrum, Taught, compare
 from polyp_difom.targets.frequency import split_frequency
 from polyp_difom.targets.latent import open_targets, target_of
 from polyp_difom.training.runs import train
@@ -112,3 +112,17 @@ def test_decisions_reach_the_training(data, features, run, tmp_path):
         train(data, tmp_path/'run', student='unet,width=4', features=features, unlabelled=tmp_path/'decisions.csv', size=64, epochs=(1, 0, 0), device='cpu')
     (tmp_path/'decisions.csv').write_text('a,b\n')
     with pytest.raises(InputError, match='needs the columns frame and decision'): label_frames(data/'TestDataset'/'Synthetic'/'images', run, tmp_path/'decisions.csv')
+
+
+def test_a_folder_is_the_same_however_its_path_is_written(data, run, tmp_path, monkeypatch):
+    folder = data/'TestDataset'/'Synthetic'/'images'
+    label_frames(folder, run, tmp_path/'decisions.csv').buttons[0].click()
+    monkeypatch.chdir(folder)
+    assert label_frames('../images', run, tmp_path/'decisions.csv').shown.at == 1
+    (tmp_path/'decisions.csv').write_text('\ufeff' + (tmp_path/'decisions.csv').read_text() + '\n') # as a spreadsheet writes it
+    assert len(list_images(tmp_path/'decisions.csv')) == 1
+
+
+def test_runs_of_one_name_are_refused(data, run, tmp_path):
+    with pytest.raises(InputError, match='with different names'): compare([run, run], data)
+    with pytest.raises(InputError, match='no run in it'): compare(dict(one=run, two=tmp_path), data)

@@ -153,6 +153,15 @@ def test_the_interval_of_seeds_alone_is_student_s(seeds, quantile):
     assert (high - low)/2 == pytest.approx(quantile*means.std(ddof=1)/np.sqrt(seeds), rel=.08 if seeds == 2 else .04)
 
 
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_a_difference_of_the_sets_together_is_told_either_way(sign):
+    "Nothing can be told on a set alone; together it can."
+    entry = dict(arm='both', base='undistilled', student=STUDENT, seeds=3, headroom=.1, difference=.025*sign)
+    alone = [entry | dict(set=name, ci_claim=[.025*sign - .04, .025*sign + .04]) for name in ('CVC-ColonDB', 'PolypGen-C6')]
+    found = judge([*alone, entry | dict(set=TOGETHER, ci_claim=[.025*sign - .015, .025*sign + .015])], DESIGN)[0]
+    assert (found['helps'], found['harms']) == (sign > 0, sign < 0)
+
+
 def test_the_wide_interval_grows_with_the_sets_looked_at():
     results = grid({'soft masks': .05})
     narrow, wide = one(results), one(results, claims=4)

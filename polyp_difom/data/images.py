@@ -453,7 +453,7 @@ def read_decisions(
     file # CSV with the columns frame (a path, relative to the file) and decision
 ) -> dict: # path -> one of `decisions`
     "What was decided of each frame. Raises `InputError` for a file that does not say it."
-    try: header, *rows = csv.reader(Path(file).read_text(encoding='utf-8').splitlines())
+    try: header, *rows = filter(None, csv.reader(Path(file).read_text(encoding='utf-8-sig').splitlines()))
     except (OSError, ValueError, csv.Error): raise InputError(f'{file}: not readable as CSV') from None
     if header[:2] != ['frame', 'decision']: raise InputError(f'{file}: needs the columns frame and decision')
     if other := [row for row in rows if len(row) < 2 or row[1] not in decisions]: raise InputError(f'{file}: {",".join(other[0])} is no decision; write {", ".join(decisions)}')

@@ -28,7 +28,7 @@ def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, b
     looked_at = roomy or unseen
     together = next((e for e in entries if e['set'] == TOGETHER), None)
     gains = [e for e in looked_at if e['ci_claim'][0] > 0]
-    losses = [e for e in entries if e['ci_claim'][1] < 0 and (e in unseen or e['set'] in design.seen)]
+    losses = [e for e in entries if e['ci_claim'][1] < 0 and (e in unseen or e is together or e['set'] in design.seen)]
     helps = bool(gains) or bool(together and together['ci_claim'][0] > 0)
     seeds = min(e['seeds'] for e in entries)
     return {key: first[key] for key in ('arm', 'base', 'student')} | dict(seeds=seeds, enough=seeds >= design.seeds, helps=helps, harms=bool(losses), gains=gains, losses=losses,

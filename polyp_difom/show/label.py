@@ -66,8 +66,9 @@ def show(self:_Labelling):
 # %% ../../nbs/09_show/04_label.ipynb #62ae086f
 @patch
 def decide(self:_Labelling, decision:str):
+    try: write_decisions(self.decided | {self.frame: decision}, self.file)
+    except InputError as error: return say_error(self.line, error)
     self.decided[self.frame] = decision
-    write_decisions(self.decided, self.file)
     left = [i for i in [*range(self.at + 1, len(self.order)), *range(self.at)] if self.frames[self.order[i]] not in self.decided]
     self.at = left[0] if left else self.at
     self.show()
@@ -117,7 +118,7 @@ def label_frames(
 ) -> Inspector:
     "Look through frames with the masks that a teacher gives them, and decide of each. Raises `InputError` for a folder without pictures, a run that is none, or a file of something else."
     view, line, file = View(width=320, letters=list(_keys)), HTML(), Path(decisions_file)
-    shown = _Labelling([Path(frame).absolute() for frame in list_images(folder)], run, file.absolute(), view, line)
+    shown = _Labelling([Path(os.path.normpath(Path(frame).absolute())) for frame in list_images(folder)], run, file.absolute(), view, line)
     shown.show()
     buttons = [Button(description=f'{decision} ({key})', tooltip=f'{decision} this frame') for key, decision in _keys.items()]
     for button, decision in zip(buttons, _keys.values()): button.on_click(lambda _, decision=decision: shown.decide(decision))
@@ -127,4 +128,4 @@ def label_frames(
     order.observe(shown.sort, 'value')
     jslink((threshold, 'value'), (view, 'threshold'))
     view.observe(lambda change: shown.decide(_keys[change['new'][0]]), 'pressed')
-    return Inspector(view, [HBox([back, *buttons, on, order, threshold], layout=Place(flex_flow='row wrap')), line], lambda: show_frames(shown.frames[shown.at:], run, shown.decided), shown=shown, buttons=buttons, order=order)
+    return Inspector(view, [HBox([back, *buttons, on, order, threshold], layout=Place(flex_flow='row wrap')), line], lambda: show_frames([shown.frames[i] for i in shown.order[shown.at:]], run, shown.decided), shown=shown, buttons=buttons, order=order)

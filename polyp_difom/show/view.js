@@ -88,6 +88,7 @@ function slider(node, { label, low, high, step, get, set }) {
     const edge = { Home: low, End: high }[event.key];
     if (move === undefined && edge === undefined) return;
     event.preventDefault();
+    event.stopPropagation();
     to(edge ?? get() + move);
   });
   return { to, show: () => node.setAttribute("aria-valuenow", get().toFixed(3)) };
@@ -100,7 +101,7 @@ function dragged(node, at) {
 
 // ---------------------------------------------------------------- panels
 function picturePanel(panel, view) {
-  const canvas = make("canvas", { role: "img" }), note = make("div", { className: "note" });
+  const canvas = make("canvas", { role: "img" }), note = make("div", { className: "note", role: "status" });
   const node = make("figure", {}, make("figcaption", { textContent: panel.title ?? "" }), canvas, note);
   canvas.setAttribute("aria-label", panel.alt ?? panel.title ?? "picture");
   canvas.classList.toggle("cells", Boolean(panel.cells));
@@ -224,6 +225,8 @@ function scatterPanel(panel, view) {
   const paint = () => {
     dots.forEach((dot, i) => { dot.setAttribute("fill", i === view.get("chosen") ? "#D55E00" : "#0072B2"); dot.setAttribute("r", i === view.get("chosen") ? 7 : 4); });
     control.show();
+    const i = view.get("chosen");
+    if (panel.names[i] !== undefined) picture.setAttribute("aria-valuetext", `${panel.names[i]}: ${panel.x[i].toFixed(2)}, ${panel.y[i].toFixed(2)}`);
   };
   return { node, paint };
 }
@@ -256,11 +259,13 @@ function render({ model, el }) {
     panels.length ? paint() : build();
     el.dataset.drawn = String(Number(el.dataset.drawn ?? 0) + 1);
   };
-  let presses = 0;
+  el.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys, which would change the notebook
   if (model.get("letters").length) {
     el.tabIndex = 0;
+    el.setAttribute("role", "group");
+    el.setAttribute("aria-label", `keys: ${model.get("letters").join(", ")}`);
     el.addEventListener("keydown", event => {
-      if (!event.ctrlKey && !event.metaKey && !event.altKey && model.get("letters").includes(event.key)) { event.preventDefault(); view.set("pressed", `${event.key} ${++presses}`); }
+      if (!event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey && model.get("letters").includes(event.key)) { event.preventDefault(); event.stopPropagation(); view.set("pressed", `${event.key} ${Date.now()}`); }
     });
   }
   model.on("change:images", load);

@@ -7,6 +7,7 @@ __all__ = ['orders', 'Spectrum', 'inspect_frequency', 'Predicted', 'predict_pair
            'inspect_predictions', 'show_comparison', 'compare', 'log_panels', 'show_training', 'inspect_training']
 
 # %% ../../nbs/09_show/03_widgets.ipynb #e48683b2
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
@@ -92,13 +93,14 @@ class _Cutting:
     def read(self, change=None):
         "Another image or teacher."
         pair = self.pairs[self.image.value]
-        try: self.maps = read_features(self.store, self.teacher.value, pair.image).float()
+        try:
+            maps, frame = read_features(self.store, self.teacher.value, pair.image).float(), to_png(read_image(pair.image))
+            sent = dict(frame=frame, **(dict(truth=to_png(read_mask(pair.mask))) if pair.mask else {}))
         except (InputError, OSError) as error: return say_error(self.line, error)
         say_error(self.line)
+        self.maps, self.sent = maps, sent
         self.three, self.spectrum, self.pair = _components(self.maps), Spectrum(self.maps), pair
         self.channel.options = [('PCA to colour', -1), *((f'channel {c}', c) for c in range(len(self.maps)))]
-        frame = read_image(pair.image)
-        self.sent = dict(frame=to_png(frame), **(dict(truth=to_png(read_mask(pair.mask))) if pair.mask else {}))
         self.view.show(panels=self.panels(), images=self.sent | self.cut(), notes=self.tell())
 
 # %% ../../nbs/09_show/03_widgets.ipynb #cea06513
@@ -131,7 +133,8 @@ def tell(self:_Cutting) -> dict: # name -> line
     return dict(low=f'{low:.1%} of the energy', high=f'{high:.1%} of the energy{stronger}', l2=stronger[2:])
 
 @patch
-def redraw(self:_Cutting, change=None): self.view.show(images=self.sent | self.cut(), notes=self.tell())
+def redraw(self:_Cutting, change=None):
+    if hasattr(self, 'sent'): self.view.show(images=self.sent | self.cut(), notes=self.tell())
 
 def _standard(channel): # (h, w) -> mean zero, standard deviation one
     return (channel - channel.mean())/channel.std().clamp(min=1e-6)
@@ -295,6 +298,7 @@ def inspect_predictions(
     layout:Layout=Layout() # where images and masks are
 ) -> Inspector:
     "Images of a test set in the order of Dice, size or doubt, with truth, prediction and errors. Raises `InputError` for a run or data set that is none."
+    if other: read_run(other)
     view, line, sets = View(width=240), HTML(), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     looking = _Looking(run, sets, other, layout.mask_above, view, line)
     looking.set, looking.order = Dropdown(options=list(sets), description='test set'), Dropdown(options=list(orders), description='order')
@@ -323,6 +327,7 @@ class _Comparing:
 # %% ../../nbs/09_show/03_widgets.ipynb #c0368b06
 @patch
 def show(self:_Comparing, change=None):
+    if self.set.value not in self.seen: return
     predicted = self.seen[self.set.value]
     i = min(self.view.chosen, len(self.sets[self.set.value]) - 1)
     x, y = ([one.dice for one in predicted[axis.value]] for axis in (self.x, self.y))
@@ -352,8 +357,9 @@ def compare(
     layout:Layout=Layout() # where images and masks are
 ) -> Inspector:
     "The same images through several runs. Raises `InputError` for fewer than two, or one that is none."
-    runs = runs if isinstance(runs, dict) else {printable(Path(run).name): run for run in runs}
-    if len(runs) < 2: raise InputError('compare: give two runs or more, with different names')
+    given, runs = len(runs), runs if isinstance(runs, dict) else {printable(Path(run).name): run for run in runs}
+    for run in runs.values(): read_run(run)
+    if len(runs) < max(2, given): raise InputError('compare: give two runs or more, with different names')
     view, line, sets = View(width=220), HTML(), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     shown, labels = _Comparing(runs, sets, layout.mask_above, view, line), list(runs)
     shown.set = Dropdown(options=list(sets), description='test set')
@@ -415,11 +421,13 @@ def inspect_training(
         if changed == seen[0] and changed is not None: return
         seen[0] = changed
         try: log = read_log(run)
-        except InputError as error: return say_error(line, f'waiting: {error}')
+        except (InputError, OSError) as error:
+            line.value = f'waiting: {escape(printable(error))}'
+            return
         line.value = f'{len(log)} epochs, phase {"I"*int(log.phase.iloc[-1])}, Dice {log.valid_dice.iloc[-1]:.3f}'
         view.panels = log_panels(log)
     def watch():
-        while not stop.wait(every): look()
+        while not stop.wait(every) and view.comm is not None: look() # until `stop`, or until the view is closed
     look()
     if every: Thread(target=watch, daemon=True).start()
     return Inspector(view, [line], lambda: show_training(run), look=look, stop=stop.set)

@@ -264,8 +264,9 @@ def of(self:TargetStore,
 # %% ../../nbs/05_targets/03_latent.ipynb #0a652a2d
 @patch
 def builder(self:TargetStore) -> TargetBuilder:
-    "The way from maps to targets that made these."
+    "The way from maps to targets that made these. Raises `InputError` for targets of an earlier version."
     group = open_group(self.path, 'r', _remedy)
+    if 'channels_of' not in self.settings: raise InputError(f'{self.path}: was made by an earlier version, which did not keep how; train again to look at its latents')
     with damage_error(self.path, _remedy): weight, bias = (torch.from_numpy(_whole(group[name])) for name in ('weight', 'bias'))
     known = {name: self.settings[name] for name in ('split', 'cutoff', 'pad', 'antialias')}
     sizes = self.settings['channels_of']
