@@ -87,6 +87,7 @@ def test_a_tutorial_can_be_opened_elsewhere_and_says_what_to_try_next(page):
 
 @pytest.mark.parametrize('page', NOTEBOOKS)
 def test_stored_outputs_are_pictures_and_plain_words(page):
+    assert 'widgets' not in json.loads((NBS/page).read_text())['metadata'], f'{page}: execute it with store_widget_state=False'
     for output in outputs(page):
         assert output.get('name') != 'stderr' and output['output_type'] != 'error', page
         data = output.get('data', {})
