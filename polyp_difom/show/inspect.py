@@ -14,7 +14,7 @@ from ipywidgets import Button, HTML, Layout as Place, Text, VBox
 from ..core import InputError, printable
 from ..data.images import list_images, read_image, read_mask, train_pairs
 from .figures import show_pairs
-from .view import Inspector, View, say_error, to_png
+from .view import TRUTH, Inspector, View, say_error, to_png
 from .widgets import inspect_frequency, inspect_predictions, inspect_training
 
 # %% ../../nbs/09_show/05_inspect.ipynb #fab66de9
@@ -29,7 +29,7 @@ def inspect_pairs(
     for i, frame in enumerate(frames):
         images[f'{i}'] = to_png(read_image(frame), 512)
         if pairs: images[f'mask {i}'] = to_png(read_mask(pairs[i].mask), 512)
-        lines = [dict(image=f'mask {i}', name='truth', colour='#56B4E9', mask=True)] if pairs else []
+        lines = [TRUTH | dict(image=f'mask {i}')] if pairs else []
         panels.append(dict(kind='picture', image=f'{i}', title=printable(Path(frame).name), alt=f'frame {printable(Path(frame).name)}', **(dict(outlines=lines) if lines else {})))
     return Inspector(View(panels=panels, images=images, width=200), figure=(lambda: show_pairs(pairs)) if pairs else None)
 

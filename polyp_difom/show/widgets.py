@@ -33,7 +33,7 @@ from ..training.losses import align_latent
 from ..training.runs import load_taught, read_log
 from ..deploy.predictor import read_run
 from .figures import maps_to_colour, radial_spectrum, show_frequency
-from .view import Inspector, View, say_error, to_png
+from .view import TRUTH, Inspector, View, say_error, to_png
 
 # %% ../../nbs/09_show/03_widgets.ipynb #7e39ab6d
 def _components(
@@ -106,7 +106,7 @@ class _Cutting:
 # %% ../../nbs/09_show/03_widgets.ipynb #cea06513
 @patch
 def panels(self:_Cutting) -> list:
-    truth = [dict(image='truth', name='truth', colour='#56B4E9', mask=True)] if 'truth' in self.sent else []
+    truth = [TRUTH] if 'truth' in self.sent else []
     cell = lambda image, title, alt: dict(kind='picture', image=image, title=title, alt=alt, cells=True)
     (h, w), (h2, w2) = self.grids
     frequency, power = radial_spectrum(self.maps)
@@ -258,7 +258,7 @@ def hang(self:_Looking, change=None):
 @patch
 def panels(self:_Looking, rival) -> list:
     error = lambda image: dict(truth='truth', prediction=image)
-    lines = [dict(image='truth', name='truth', colour='#56B4E9', mask=True), dict(image='prediction', name='prediction', colour='#F0E442')]
+    lines = [TRUTH, dict(image='prediction', name='prediction', colour='#F0E442')]
     found = [dict(kind='picture', image='frame', title='frame, truth and prediction', alt=f'frame {self.one.name}', outlines=lines), dict(kind='picture', image='frame', title='errors', alt='missed and invented polyp', error=error('prediction')),
              dict(kind='picture', image='prediction', title='probability', alt='probability of a polyp')]
     if rival: found.append(dict(kind='picture', image='frame', title='errors of the other run', alt='errors of the other run', error=error('other run')))
@@ -337,7 +337,7 @@ def show(self:_Comparing, change=None):
     errors = [dict(kind='picture', image='frame', title=label, alt=f'errors of {label}', error=dict(truth='truth', prediction=f'run {k}')) for k, label in enumerate(self.runs)]
     one = predicted[self.x.value][i]
     pictures = dict(frame=to_png(read_image(one.pair.image)), truth=one.truth, **{f'run {k}': predicted[label][i].probability for k, label in enumerate(self.runs)})
-    frame = dict(kind='picture', image='frame', title=names[i], alt=f'frame {names[i]}', outlines=[dict(image='truth', name='truth', colour='#56B4E9', mask=True)])
+    frame = dict(kind='picture', image='frame', title=names[i], alt=f'frame {names[i]}', outlines=[TRUTH])
     self.view.show(panels=[scatter, frame, *errors], images=pictures)
 
 # %% ../../nbs/09_show/03_widgets.ipynb #4c23bb3e
