@@ -19,7 +19,7 @@ from torch import nn
 from . import __version__
 from .core import InputError, atomic_path, disk_full_error, file_hash, name_some, nearest, printable
 from .weights import check_finite, read_weights
-from .students.blocks import Student
+from .students.blocks import Student, as_outputs
 from .students.unetpp import UNetPlusPlus
 from .students.registry import create_student
 from .targets.trainable_fusion import TrainableFusion
@@ -48,6 +48,10 @@ class PublishedUNetPlusPlus(UNetPlusPlus):
         l1 = F.relu(self.low(deepest))
         return [F.mse_loss(latent, resize(target, latent.shape[-2:])) for latent, target in zip((l1, self.high(l1)), targets)]
 
+    def published_outputs(self, x): # logits (B, 1, H, W) and two losses, for teachers' maps of white noise
+        features = self.encode(x)
+        return [self.decode(features), *self.distillation_losses(features[-1], _noise_maps(x, self.teacher_channels))]
+
 # %% ../nbs/11_published.ipynb #887fed30
 def _noise_maps(x, channels) -> list: # of (B, C_k, 64, 64)
     "White noise of seed 5 in the place of teachers' maps."
@@ -58,12 +62,9 @@ def published_outputs(
     network:Student, # as from `load_published`
     x # (B, 3, H, W) normalised
 ) -> list: # of (B, 1, H, W), coarse to fine; of the authors' Polyp-DiFoM its logits and two losses
-    "What the published network returns, as a list."
-    if isinstance(network, PublishedUNetPlusPlus):
-        features = network.encode(x)
-        return [network.decode(features), *network.distillation_losses(features[-1], _noise_maps(x, network.teacher_channels))]
-    outputs = network(x)
-    return outputs if isinstance(outputs, list) else [outputs]
+    "What the published network returns, as a list; a network whose `forward` returns something else has a method of this name."
+    if hasattr(network, 'published_outputs'): return network.published_outputs(x)
+    return list(as_outputs(network(x)))
 
 # %% ../nbs/11_published.ipynb #c335a115
 class PublishedNetwork(NamedTuple):
@@ -88,7 +89,7 @@ _pranet_keys = [
     (r'^(rfb\d)', r'\1_1'), (r'branches\.', 'branch'), ('merge', 'conv_cat'), ('shortcut', 'conv_res'),
     (r'^reverse(\d)\.convs\.(\d)', lambda m: f'ra{m[1]}_conv{int(m[2]) + 1}'),
     (r'^partial_decoder\.', 'agg1.'), (r'agg1\.up', 'agg1.conv_upsample'), (r'agg1\.join', 'agg1.conv_concat'),
-    (r'agg1\.last', 'agg1.conv4'), (r'agg1\.head', 'agg1.conv5')]
+    (r'agg1\.last', 'agg1.conv4'), (r'^head', 'agg1.conv5')]
 
 published_networks['pranet'] = PublishedNetwork(partial(create_student, 'pranet', pretrained=False), _pranet_keys, r'^resnet\.fc\.')
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import InputError
 from ..weights import read_tensors, save_tensors
-from ..students.blocks import Student, crop, eval_mode, imagenet_stats, measure_maps, pad_to_multiple
+from ..students.blocks import Student, as_outputs, crop, eval_mode, imagenet_stats, measure_maps, pad_to_multiple
 from ..students.registry import create_student
 from .config import check_config, make_fitting
 from .latents import FoundationalFusion, LatentHeads, TrainingHeads, choose_stage, find_stages, output_of
@@ -55,9 +55,9 @@ class PolypDiFoM(nn.Module):
             deepest = self.bottleneck(features[-1])
             if self.kind == 'paper': features = self.fusion(features, *self.latents(deepest))
             outputs = self._decode_beside_heads(features, deepest) if self.kind == 'free' else self.student.decode(features)
-        outputs = crop([outputs] if torch.is_tensor(outputs) else outputs, *image.shape[-2:])
-        outputs = [output.float() for output in outputs]
-        return outputs if self.training and len(outputs) > 1 else outputs[-1]
+        outputs = crop(as_outputs(outputs), *image.shape[-2:]).map(torch.Tensor.float)
+        if self.training and (len(outputs) > 1 or outputs.beside): return outputs
+        return self.student.merge(outputs) if isinstance(self.student, Student) else outputs[-1]
 
 # %% ../../nbs/06_model/02_model.ipynb #c632bef1
 @patch

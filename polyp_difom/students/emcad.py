@@ -14,27 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError
-from .blocks import Student, register_student, timm_encoder
-
-# %% ../../nbs/04_students/04_emcad.ipynb #1f868dbf
-class ChannelAttention(nn.Module):
-    "(B, C, h, w) -> weights (B, C, 1, 1) in 0..1 (CAB of the paper)."
-    def __init__(self, n, reduction=16):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(n, max(n//reduction, 1), 1, bias=False), nn.Conv2d(max(n//reduction, 1), n, 1, bias=False)
-
-    def forward(self, x):
-        weigh = lambda pooled: self.fc2(F.relu(self.fc1(pooled)))
-        return (weigh(x.mean((2, 3), keepdim=True)) + weigh(x.amax((2, 3), keepdim=True))).sigmoid()
-
-class SpatialAttention(nn.Module):
-    "(B, C, h, w) -> weights (B, 1, h, w) in 0..1 (SAB of the paper)."
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-
-    def forward(self, x):
-        return self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+from .blocks import ChannelAttention, SpatialAttention, Student, register_student, timm_encoder
 
 # %% ../../nbs/04_students/04_emcad.ipynb #92b964ea
 def _shuffle_channels(

@@ -6,25 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/04_students/03_pranet.ipynb #8053c0c9
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import check_number
-from .blocks import Student, register_student, timm_encoder
-
-# %% ../../nbs/04_students/03_pranet.ipynb #0e23466f
-class ConvNorm(nn.Sequential):
-    "Convolution without bias, batch norm; size stays."
-    def __init__(self, n_in, n_out, kernel=1, dilation=1): # kernel: side, or (height, width)
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = dilation*(height - 1)//2, dilation*(width - 1)//2
-        super().__init__(OrderedDict(conv=nn.Conv2d(n_in, n_out, (height, width), padding=padding, dilation=dilation, bias=False), bn=nn.BatchNorm2d(n_out)))
-
-def _resize(x, size): # (B, C, h, w), (H, W) -> (B, C, H, W)
-    return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False)
+from .blocks import ConvNorm, PartialDecoder, Student, register_student, resize_to, timm_encoder
 
 # %% ../../nbs/04_students/03_pranet.ipynb #32afcb4f
 class ReceptiveField(nn.Module):
@@ -38,26 +25,6 @@ class ReceptiveField(nn.Module):
 
     def forward(self, x):
         return F.relu(self.merge(torch.cat([branch(x) for branch in self.branches], 1)) + self.shortcut(x))
-
-# %% ../../nbs/04_students/03_pranet.ipynb #928658fd
-def _double(x): return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True) # (B, C, h, w) -> (B, C, 2h, 2w)
-
-class PartialDecoder(nn.Module):
-    "Three maps of c channels at strides 8, 16, 32 -> the global map (B, 1, H/8, W/8)."
-    def __init__(self, c):
-        super().__init__()
-        self.up1, self.up2, self.up3, self.up4 = (ConvNorm(c, c, 3) for _ in range(4))
-        self.up5 = ConvNorm(2*c, 2*c, 3)
-        self.join2, self.join3 = ConvNorm(2*c, 2*c, 3), ConvNorm(3*c, 3*c, 3)
-        self.last = ConvNorm(3*c, 3*c, 3)
-        self.head = nn.Conv2d(3*c, 1, 1)
-
-    def forward(self, fine, middle, deep):
-        gated_middle = self.up1(_double(deep))*middle
-        gated_fine = self.up2(_double(_double(deep)))*self.up3(_double(middle))*fine
-        joined = self.join2(torch.cat([gated_middle, self.up4(_double(deep))], 1))
-        joined = self.join3(torch.cat([gated_fine, self.up5(_double(joined))], 1))
-        return self.head(self.last(joined))
 
 # %% ../../nbs/04_students/03_pranet.ipynb #b242d077
 class ReverseAttention(nn.Module):
@@ -86,7 +53,8 @@ class PraNet(Student):
         check_number('student pranet: width', width, 1, 4096)
         self.encoder = timm_encoder('res2net50d', pretrained, out_indices=(2, 3, 4))
         self.rfb2, self.rfb3, self.rfb4 = (ReceptiveField(n, width) for n in self.channels)
-        self.partial_decoder = PartialDecoder(width)
+        self.partial_decoder = PartialDecoder(width, 3*width)
+        self.head = nn.Conv2d(3*width, 1, 1)
         self.reverse4 = ReverseAttention(2048, 256, (5, 5, 5, 1))
         self.reverse3, self.reverse2 = ReverseAttention(1024, 64, (3, 3, 3)), ReverseAttention(512, 64, (3, 3, 3))
 
@@ -94,9 +62,9 @@ class PraNet(Student):
 
     def decode(self, features):
         f2, f3, f4 = features
-        logits = self.partial_decoder(self.rfb2(f2), self.rfb3(f3), self.rfb4(f4))
+        logits = self.head(self.partial_decoder(self.rfb2(f2), self.rfb3(f3), self.rfb4(f4)))
         maps = [logits]
         for branch, f in ((self.reverse4, f4), (self.reverse3, f3), (self.reverse2, f2)):
-            logits = branch(f, _resize(logits, f.shape[-2:]))
+            logits = branch(f, resize_to(logits, f.shape[-2:]))
             maps.append(logits)
-        return [_resize(m, (8*f2.shape[-2], 8*f2.shape[-1])) for m in maps]
+        return [resize_to(m, (8*f2.shape[-2], 8*f2.shape[-1])) for m in maps]

@@ -21,7 +21,7 @@ from fastai.learner import ValueMetric
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 
-from ..students.blocks import encoder_modules, encoder_parameters
+from ..students.blocks import as_outputs, encoder_modules, encoder_parameters
 from ..targets.soft_masks import confidence, sharpen
 from .losses import align_latent, find_distances, find_loss, soft_losses, soft_mask_loss
 
@@ -160,9 +160,9 @@ def before_batch(self:Distillation):
 
 @patch
 def after_pred(self:Distillation):
-    self.whole = [self.pred] if torch.is_tensor(self.pred) else self.pred
+    self.whole = as_outputs(self.pred)
     if self.labelled == len(self.x): return
-    labelled = [output[:self.labelled] for output in self.whole]
+    labelled = self.whole.map(lambda output: output[:self.labelled])
     self.learn.pred, self.learn.yb = labelled[0] if torch.is_tensor(self.pred) else labelled, tuple(part[:self.labelled] for part in self.yb)
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #3282ffce
