@@ -232,7 +232,7 @@ def _train(
     soft_masks:Annotated[Optional[bool], _option('Learn from the masks of an adapted teacher; by default where the store has them.', _DISTIL, '--soft-masks/--no-soft-masks')]=None,
     soft_weight:Annotated[float, _option('Of their loss.', _DISTIL)]=1.,
     temperature:Annotated[float, _option('Of the soft masks; below 1 sharper.', _DISTIL)]=1.,
-    soft_loss:Annotated[str, _option('bce-dice or logit-mse.', _DISTIL)]='bce-dice',
+    soft_loss:Annotated[str, _option('bce-dice, bce-dice-squared or logit-mse.', _DISTIL)]='bce-dice',
     soft_on:Annotated[str, _option('Frames that learn from them: unlabelled, or all.', _DISTIL)]='unlabelled',
     confident:Annotated[bool, _option('Weigh soft masks by how sure the teacher is.', _DISTIL, '--confident')]=False,
     ratio:Annotated[float, _option('Share of a batch without labels.', _DISTIL)]=0.5,

@@ -169,7 +169,7 @@ class TrainConfig:
     soft_masks:bool=None # learn from an adapted teacher's masks; if None where the store has them
     soft_weight:float=1. # of their loss
     temperature:float=1. # of the soft masks; below 1 sharper
-    soft_loss:str='bce-dice' # or `logit-mse`
+    soft_loss:str='bce-dice' # the labels' loss; or `bce-dice-squared`, `logit-mse`
     soft_on:str='unlabelled' # frames that learn from them, or `all`
     confident:bool=False # weigh soft masks by |2p - 1|
     ratio:float=0.5 # share of a batch without labels, where there are such frames

@@ -7,7 +7,7 @@ __all__ = ['split_labelled', 'alone', 'write_config', 'write_files', 'read_log',
            'load_taught']
 
 # %% ../../nbs/07_training/04_runs.ipynb #e4196927
-import json, platform, re, shlex, sys, time
+import json, platform, re, shlex, sys, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -158,16 +158,23 @@ def _forbidden(data, layout, valid_part, held_out) -> list: # of paths
     return [*tests, *(pair.image for pair in valid_part)]
 
 # %% ../../nbs/07_training/04_runs.ipynb #081de33c
+def _leave_out(data, images:list, forbidden:list) -> list: # of paths
+    "Frames of the rest that are no test or validation image and look like none; a warning says how many went."
+    alike = {image for image, _ in find_test_images(images, forbidden)}
+    if alike: warnings.warn(f'{data}: {len(alike)} of {len(images)} frames without labels look like a test or a validation image and are left out')
+    return [image for image in images if image not in alike]
+
 def _choose_images(data, layout, config, frames:_Frames) -> tuple: # training pairs, validation pairs, paths of frames without labels
     "Raises `InputError` if a frame is a test or a validation image."
     parts = split_labelled(data, layout, config)
     if frames.unlabelled is None: return *parts, []
+    forbidden = _forbidden(data, layout, parts[1], frames.held_out)
     if frames.unlabelled == 'rest':
         _, rest = take_labels(train_pairs(data, layout), config.labels)
         if not rest: raise InputError(f'{data}: no frames are left without labels; use fewer (--labels 0.2), or name a folder (--unlabelled FRAMES)')
-        return *parts, [pair.image for pair in rest]
+        return *parts, _leave_out(data, [pair.image for pair in rest], forbidden)
     images = list_images(frames.unlabelled)
-    found = find_test_images(images, _forbidden(data, layout, parts[1], frames.held_out))
+    found = find_test_images(images, forbidden)
     if found: raise InputError(f'{frames.unlabelled}: {len(found)} of {len(images)} frames are test or validation images, or look like one ({found[0][0].name}: {found[0][1]}); take them away')
     return *parts, images
 
