@@ -26,14 +26,15 @@ from polyp_difom.training.runs import resume, split_labelled, train
 SHARED = dict(student='unet,width=8', size=128, labels=.2, epochs=(1, 14, 0), lr=2e-3, schedule='one-cycle', select='last', freeze=False, augment='strong', device='cpu')
 SLOW, FAST = dict(batch_size=16, steps=100), dict(batch_size=8, steps=300)
 SOFT, ALL = dict(soft_masks=True, lambdas=(1, 0, 0)), dict(soft_masks=True, lambdas=(1, .1, .1))
+SQUARED = dict(soft_loss='bce-dice-squared')
 ARMS = { # name -> the arm beside it, what differs, options
     'twin, 1500 steps of 16': ('', 'as few-labels began', SLOW),
-    'soft masks, 1500 steps of 16': ('twin, 1500 steps of 16', 'soft masks', SLOW | SOFT),
     'twin': ('twin, 1500 steps of 16', '4500 steps of 8 images', FAST),
-    'soft masks': ('twin', 'soft masks', FAST | SOFT),
-    'all': ('soft masks', 'LFC and HFC', FAST | ALL),
+    'soft masks, squared Dice': ('twin', 'soft masks, by a loss of their own', FAST | SOFT | SQUARED),
+    'all, squared Dice': ('soft masks, squared Dice', 'LFC and HFC', FAST | ALL | SQUARED),
     'labels for all': ('twin', 'the true masks of the same frames', FAST),
-    'soft masks, temperature 0.25': ('soft masks', 'sharper masks', FAST | SOFT | dict(temperature=.25)),
+    'soft masks, squared Dice, temperature 0.25': ('soft masks, squared Dice', 'sharper masks', FAST | SOFT | SQUARED | dict(temperature=.25)),
+    'soft masks': ('soft masks, squared Dice', 'the loss of labels', FAST | SOFT),
     'soft masks, labels last': ('soft masks', 'the last three epochs learn from labels alone', FAST | SOFT | dict(epochs=(1, 11, 3), supervised_last=True)),
     'soft masks of all frames': ('soft masks', 'soft masks on labelled frames, too', FAST | SOFT | dict(soft_on='all')),
     'soft masks, three quarters': ('soft masks', 'three quarters of a batch without labels', FAST | SOFT | dict(ratio=.75)),
@@ -115,9 +116,10 @@ if __name__ == '__main__':
     for name in given.arms: run_arm(name, given, labelled, frames)
     done = {name: run for name in ARMS if finished(run := place(given.out, name))}
     dice, groups = {name: score(run, held) for name, run in done.items()}, [('', sequence_of(pair.image)) for pair in held]
-    fitted = {name: score(run, labelled) for name, run in done.items() if name.startswith('twin')}
+    learnt = split_labelled(given.data, Layout(), TrainConfig(labels=SHARED['labels']))[0]
+    fitted = {name: score(run, learnt) for name, run in done.items() if name.startswith('twin')}
     arms = {name: dict(beside=ARMS[name][0], differs=ARMS[name][1]) | tell(dice[name], dice.get(ARMS[name][0]), groups) for name in done}
-    for name, images in fitted.items(): arms[name] |= dict(mDice_labelled_frames=round(float(images.mDice.mean()), 4))
+    for name, images in fitted.items(): arms[name] |= dict(mDice_training_frames=round(float(images.mDice.mean()), 4))
     result = dict(what=f'U-Net width 8, 128 px, {len(labelled)} labelled frames, {len(frames)} without masks, scored on {len(held)} held-out training frames, one seed',
                   command=f'python benchmarks/development.py {given.data} {given.adapted} {given.out}' + (f' --teacher {given.teacher}' if given.teacher else ''),
                   machine=dict(processor=processor(), cores=os.cpu_count()), versions=versions(), teacher=tell(score(given.teacher, held), None, groups) if given.teacher else None, arms=arms)

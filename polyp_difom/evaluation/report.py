@@ -335,12 +335,13 @@ def _png(figure) -> bytes:
 # %% ../../nbs/10_evaluation/05_report.ipynb #3df5b5f7
 _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
-    "The verdict uses intervals that hold for all unseen sets at once with 95 %. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
+    "The verdict uses intervals that hold for all unseen sets at once with 95 %, for each arm by itself: of {arms} arms without effect luck lets about {luck:.2g} seem to help or to harm. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
     'Published rows: 352 px, 120 epochs, all labels, which ours need not be; Em is the maximum of the curve for ours, and not told for theirs.')
 
-def _markdown(said, tables, notes, figures, design) -> str:
-    parts = [said, '\n'.join(f'- {note}' for note in notes), _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds), *(f'![{name}]({name})' for name in figures),
+def _markdown(said, tables, notes, figures, design, arms:int) -> str: # `arms`: that might help, of all students
+    how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, arms=arms, luck=.05*arms)
+    parts = [said, '\n'.join(f'- {note}' for note in notes), how, *(f'![{name}]({name})' for name in figures),
              *(f'## {title}\n\n{markdown_table(rows)}' for title, (_, rows) in tables.items())]
     return '\n\n'.join(filter(None, parts))
 
@@ -355,9 +356,10 @@ def write_report(
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
     said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates), _tables(kept, summary['differences'], others, design)
+    arms = len({(e['student'], e['arm']) for e in summary['differences'] if e['base'] == design.twin and design.claims(e['arm'])})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures
-    files |= {'report.tex': '\n'.join(latex_table(rows, title) for title, (_, rows) in tables.items()).encode(), 'report.md': _markdown(said, tables, notes, figures, design).encode()}
+    files |= {'report.tex': '\n'.join(latex_table(rows, title) for title, (_, rows) in tables.items()).encode(), 'report.md': _markdown(said, tables, notes, figures, design, arms).encode()}
     summary = dict(verdict=said, notes=notes) | summary
     out.mkdir(parents=True, exist_ok=True)
     with disk_full_error(out):

@@ -351,12 +351,13 @@ def reproduce(
     if left := [job for job in jobs if not _result(job, out).exists()]:
         say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
         record = None
-    return _report(recipe, out, _command(named, sources, out), extras, record)
+    return _report(recipe, out, _command(named, sources, out, seeds=seeds, students=students, arms=arms, json=record), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
-def _command(recipe:str, sources:Sources, out:Path) -> str:
+def _command(recipe:str, sources:Sources, out:Path, **asked) -> str: # `asked`: some of the recipe's seeds, students and arms, and the record
     "What makes a grid, or goes on with it."
-    options = [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
+    some = [(name, str(value)) for name, values in asked.items() for value in (values if isinstance(values, (list, tuple)) else [values]) if value is not None]
+    options = some + [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
     return printable(shlex.join(['polyp-difom', 'reproduce', recipe, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
 
 def _alike(sets:dict, known:dict) -> dict: # set -> image -> group

@@ -233,7 +233,9 @@ def compare(
 class Design:
     "What is compared with what, and what counts as a claim."
     twin: str = 'undistilled'
-    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('published trainable fusion', 'both')) # arm, and the arm that it adds to
+    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('soft masks, LFC', 'soft masks'), ('soft masks, HFC', 'soft masks'),
+                     ('soft masks', 'soft masks, squared Dice'), ('soft masks, as many labels', 'soft masks'), ('published trainable fusion', 'both'),
+                     ('soft masks', 'shuffled soft masks'), ('all', 'shuffled targets'), ('latents and freeze', 'latents and freeze with zero weight')) # arm, and the arm that it adds to
     controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'shuffled soft masks', 'random-weight teacher', 'filter bank')
     rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost')
     references: tuple = ('labels for all', 'flips alone') # what soft masks stand for, what augmentation brings
@@ -242,6 +244,9 @@ class Design:
     seeds: int = 3 # that a claim takes
     metric: str = 'mDice'
     draws: int = 4000
+
+    def claims(self, arm:str) -> bool: # might it be said of the arm that it helps?
+        return arm not in (self.twin, *self.controls, *self.rivals, *self.references)
 
 TOGETHER = 'unseen sets together'
 

@@ -59,7 +59,7 @@ def _gain(j, design, brief=False) -> str:
     of = 'these' if brief else len(j['looked_at'])
     if not j['gains']: return f'{j["arm"]} on the unseen sets together ({_together(j)}), though on none of {of} {kind} alone'
     half = sum((e.get('share_of_headroom') or 0) >= .5 for e in j['gains'])
-    share = f'; at least half of the headroom on {half or "none"}' if j['roomy'] else ''
+    share = f'; at least half of the headroom, by the mean, on {half or "none"}' if j['roomy'] else ''
     return f'{j["arm"]} on {len(j["gains"])} of {of} {kind} ({_listed(j["gains"])}{share})'
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #3db20b53
@@ -70,8 +70,15 @@ def _no_headroom(judged, design) -> str:
     largest = max(rooms, key=rooms.get)
     return f'has no headroom of {100*design.headroom:g} points on any unseen set (at most {points(rooms[largest])} on {largest})'
 
-def _beside(j) -> str:
-    "What an arm adds to another."
+def _ahead(j) -> str:
+    "An arm beside the control that has all but the teacher's word."
+    where = _listed(j['gains'] or j['losses']) if j['gains'] or j['losses'] else _together(j)
+    if j['helps'] or j['harms']: return f'{j["arm"]} is {"ahead of" if j["helps"] else "behind"} the control {j["base"]} ({where})'
+    return f'{j["arm"]} is not ahead of the control {j["base"]} by more than noise ({where})'
+
+def _beside(j, design) -> str:
+    "What an arm adds to another, or whether it is ahead of its control."
+    if j['base'] in design.controls: return _ahead(j)
     if j['helps'] or j['harms']: return f'{j["arm"]} {"adds to" if j["helps"] else "takes from"} {j["base"]} ({_listed(j["gains"] or j["losses"]) if j["gains"] or j["losses"] else _together(j)})'
     return f'{j["arm"]} adds nothing to {j["base"]} that one can tell from noise ({_together(j)})'
 
@@ -79,7 +86,7 @@ def _control(judged) -> str: # `judged` are the controls
     "Controls must not gain."
     gaining = _each([j for j in judged if j['helps']], lambda j: _listed(j['gains']) or _together(j))
     if gaining: return f'but it gains from the control {gaining}, too, so a gain need not be the teacher\'s'
-    return f'it gains nothing from the control{"s"*(len(judged) > 1)} {_in_words(j["arm"] for j in judged)}' if judged else ''
+    return f'of the control{"s"*(len(judged) > 1)} {_each(judged, _together)} no gain can be told from noise' if judged else ''
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #592c3129
 def _each(judged, tell) -> str: return _in_words(f'{j["arm"]} ({tell(j)})' for j in judged)
@@ -92,14 +99,14 @@ def _too_few(judged, design) -> str:
 
 def _sentence(student, judged, design) -> str:
     "What the rules say of one student."
-    arms = [j for j in judged if j['base'] == design.twin and j['arm'] not in (*design.controls, *design.rivals, *design.references)]
+    arms = [j for j in judged if j['base'] == design.twin and design.claims(j['arm'])]
     enough, few = [j for j in arms if j['enough']], [j for j in arms if not j['enough']]
     helping, noise, harming = [j for j in enough if j['helps']], [j for j in enough if not j['helps'] and not j['harms']], [j for j in enough if j['harms']]
     parts = [_no_headroom(arms, design),
              helping and 'gains from ' + ', and from '.join(_gain(j, design, brief=j is not helping[0] and j['roomy'] == helping[0]['roomy']) for j in helping),
              noise and f'gains nothing that one can tell from noise from {_each(noise, _together)}',
              harming and f'loses from {_each(harming, lambda j: _listed(j["losses"]))}',
-             *(_beside(j) for j in judged if j['base'] != design.twin and j['enough']),
+             *(_beside(j, design) for j in judged if j['base'] != design.twin and j['enough']),
              enough and _control([j for j in judged if j['arm'] in design.controls and j['base'] == design.twin and j['enough']]),
              *(f'the rival gains, too: {_gain(j, design)}' for j in judged if j['arm'] in design.rivals and j['helps'] and j['enough']),
              *(f'for reference, {j["arm"]} is {_together(j)}' for j in judged if j['arm'] in design.references and j['enough']),
