@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'is_running', 'atomic_path', 'to_place', 'filesystem', 'read_bytes',
            'bytes_hash', 'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error',
-           'memory_error', 'progress', 'parallel_map', 'nearest', 'parse_spec', 'read_options', 'check_options',
-           'is_whole', 'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
+           'memory_error', 'progress', 'parallel_map', 'quiet', 'nearest', 'parse_spec', 'read_options',
+           'check_options', 'is_whole', 'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
-import ast, difflib, errno, glob, hashlib, math, os, re, reprlib, socket, stat, tempfile, warnings
+import ast, difflib, errno, glob, hashlib, logging, math, os, re, reprlib, socket, stat, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -192,6 +192,16 @@ def parallel_map(
     "Map over items with threads and a progress bar; an exception stops it."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(progress(pool.map(function, items), description, total=len(items)))
+
+# %% ../nbs/00_core.ipynb #84f51dd4
+@contextmanager
+def quiet():
+    "Neither warnings nor log lines of libraries inside."
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
+    finally: logging.disable(before)
 
 # %% ../nbs/00_core.ipynb #800e694b
 def nearest(

@@ -6,8 +6,7 @@
 __all__ = ['export_onnx']
 
 # %% ../../nbs/08_deploy/02_export.ipynb #c79276f1
-import json, logging, os, warnings
-from contextlib import contextmanager
+import json, os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..core import InputError, atomic_path, disk_full_error
+from ..core import InputError, atomic_path, disk_full_error, quiet
 from ..data.images import list_images
 from ..data.synthetic import synthetic_frame
 from .predictor import Predictor, read_run, to_picture
@@ -71,15 +70,6 @@ class FrameToMap(nn.Module):
         return to_map(self.model(x)[0, 0], image.shape[:2])
 
 # %% ../../nbs/08_deploy/02_export.ipynb #655ae738
-@contextmanager
-def _quiet():
-    "Neither warnings nor log lines."
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
-    finally: logging.disable(before)
-
 def _to_onnx(
     model:PolypDiFoM, # in eval mode, on the CPU
     size:int # what it was trained at, in pixels
@@ -87,7 +77,7 @@ def _to_onnx(
     "The graph, with free height and width. Raises `InputError` for a network that cannot be exported."
     example, free = torch.zeros(size + 3, size + 7, 3, dtype=torch.uint8), torch.export.Dim
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(FrameToMap(model, size).eval(), (example,), dynamo=True, opset_version=18, verbose=False, input_names=['image'], output_names=['probability'],
                                         dynamic_shapes=dict(image={0: free('height', min=2, max=65536), 1: free('width', min=2, max=65536)}))
         return program.model_proto

@@ -238,7 +238,8 @@ def _score_teacher(out:Path, sets:dict) -> dict:
 def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.json'
 
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
-    return json.loads(json.dumps(dict(student=job.student, **job.options, teacher_options=recipe.teacher)))
+    frames = dict(frames=recipe.unlabelled) if job.options.get('unlabelled') else {}
+    return json.loads(json.dumps(dict(student=job.student, **job.options, **frames, teacher_options=recipe.teacher)))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import InputError, heed_offline, hub_error, name_some, nearest
+from ..core import InputError, heed_offline, hub_error, name_some, nearest, quiet
 from ..weights import read_weights, unloaded_weights
 
 # %% ../../nbs/04_students/00_blocks.ipynb #8b84036b
@@ -291,7 +291,8 @@ def fill_from_file(
     encoder=lambda network: network # the part that is filled
 ) -> nn.Module: # what `make` makes
     "A network with a backbone of timm's whose weights are a file's, all of them. Raises `InputError`."
-    filled = lambda: make(pretrained_cfg_overlay=dict(file=str(file)))
+    def filled():
+        with quiet(): return make(pretrained_cfg_overlay=dict(file=str(file)))
     try: network = filled()
     except Exception as error: raise InputError(f'{file}: not backbone weights of {name} ({" ".join(str(error).split())[:150]})') from None
     if left := unloaded_weights(encoder(network), encoder(filled())): raise InputError(f'{file}: not backbone weights of {name}: it lacks {name_some(left, 3)}')

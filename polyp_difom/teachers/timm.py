@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError, check_number, check_options, heed_offline, nearest
+from ..core import InputError, check_number, check_options, heed_offline, nearest, quiet
 from ..weights import fit_weights, read_weights
 from .base import Teacher, check_size, register_teacher
 
@@ -47,7 +47,8 @@ def _create(
     "A timm network. Raises `InputError` for settings that do not fit, and for weights that are out of reach."
     import timm
     if pretrained: heed_offline()
-    try: return timm.create_model(source, pretrained=pretrained, **settings)
+    try:
+        with quiet(): return timm.create_model(source, pretrained=pretrained, **settings)
     except Exception as error:
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
         if pretrained and not isinstance(error, TypeError): reason = f'weights of {name}: neither local nor reachable ({reason[:80]}); give a file: {name}=PATH'
