@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import timm
 import torch.nn.functional as F
 from polyp_difom.core import InputError, file_hash
+from safetensors.torch import save_file
 from polyp_difom.data.images import list_images, read_image, test_sets as sets_of, train_pairs
 from polyp_difom.evaluation.metrics import minmax_map, score_map
 from polyp_difom.features.extract import extract
@@ -116,6 +118,24 @@ def test_no_member_has_seen_its_fold(folded, data):
         files = pd.read_csv(folded/f'fold-{k}/files.csv') # training and validation part
         assert set(files.image_hash) == hashes - set(table[table.fold == k].image_hash)
         assert json.loads((folded/f'fold-{k}/config.json').read_text())['settings']['fold'] == [k, 3]
+
+
+def test_folds_that_were_mixed_up_are_refused(folded, tmp_path):
+    for name in ('copied', 'swapped', 'cut'): shutil.copytree(folded, tmp_path/name)
+    shutil.rmtree(tmp_path/'copied'/'fold-2'); shutil.copytree(folded/'fold-1', tmp_path/'copied'/'fold-2')
+    for one, other in ((1, 2), (2, 1)): shutil.rmtree(tmp_path/'swapped'/f'fold-{one}'); shutil.copytree(folded/f'fold-{other}', tmp_path/'swapped'/f'fold-{one}')
+    pd.read_csv(folded/'folds.csv').iloc[:3].to_csv(tmp_path/'cut'/'folds.csv', index=False)
+    for name in ('copied', 'swapped', 'cut'):
+        with pytest.raises(InputError, match='is not of the fold that'): create_teacher(f'adapted={tmp_path/name}')
+
+
+def test_other_weights_under_the_same_name_are_refused(data, tmp_path):
+    options = {key: value for key, value in BACKBONE.items() if key != 'backbone'} | dict(epochs=1)
+    for seed, folder in enumerate(('one', 'two')):
+        (tmp_path/folder).mkdir(); torch.manual_seed(seed)
+        save_file(timm.create_model('test_efficientnet').state_dict(), tmp_path/folder/'w.safetensors')
+    adapt(data, tmp_path/'out', backbone=f'timm/test_efficientnet={tmp_path/"one"/"w.safetensors"}', **options)
+    with pytest.raises(InputError, match='are others now'): adapt(data, tmp_path/'out', backbone=f'timm/test_efficientnet={tmp_path/"two"/"w.safetensors"}', **options)
 
 
 def test_a_labelled_image_is_judged_by_who_has_not_seen_it(folded, data, tmp_path):

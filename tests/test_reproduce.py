@@ -1,12 +1,12 @@
 "Grids of runs: made once, gone on with, reported with what the user knows."
-import csv, gzip, json, shutil
+import csv, gzip, json, shutil, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from polyp_difom.core import InputError
+from polyp_difom.core import InputError, is_running
 from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
@@ -58,7 +58,7 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
     assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, as many labels') == {'batch_size'}
-    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels'}
+    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid'} # as many frames are held out
 
 
 def test_a_source_that_a_recipe_does_not_use_is_refused(data, tmp_path):
@@ -137,12 +137,13 @@ def test_what_the_user_knows_of_an_image_is_not_overruled_by_its_looks():
 @pytest.mark.parametrize('change, told', [
     (dict(arms={'undistilled': {}, '..': {}}), "'..' is no name"), (dict(arms={'undistilled': {}, 'a b': {}, 'a-b': {}}), 'would share a folder'), (dict(students=[4]), '4 is no name'),
     (dict(arms={'undistilled': 4}), 'no table'), (dict(shared=dict(seed=5)), 'seed is of the whole recipe'), (dict(arms={'undistilled': dict(preset='paper')}), 'preset is of the whole recipe'),
-    (dict(unlabelled=None), 'learns from frames without labels')])
+    (dict(unlabelled=None), 'learns from frames without labels'),
+    (dict(teacher=dict(folds=2)), "folds is not the recipe's to choose"), (dict(arms={'undistilled': dict(student=[1])}), 'give text'), (dict(arms={'undistilled': {}, 'a'*101: {}}), 'too long')])
 def test_a_recipe_that_would_make_something_else_is_refused(change, told):
     with pytest.raises(InputError, match=told): replace(TINY, **change)
 
 
-@pytest.mark.parametrize('change, told', [(dict(sets={}), 'no set'), (dict(configuration=[]), 'damaged'), (dict(arm='wurst'), 'is of unet,width=4, wurst')])
+@pytest.mark.parametrize('change, told', [(dict(sets={}), 'no set'), (dict(data=None), 'damaged'), (dict(configuration=[]), 'damaged'), (dict(arm='wurst'), 'is of unet,width=4, wurst')])
 def test_a_result_that_was_tampered_with_is_refused(change, told, grid, data, tmp_path):
     shutil.copytree(grid[0], tmp_path/'grid')
     file = next((tmp_path/'grid').rglob('result.json'))
@@ -162,3 +163,61 @@ def test_a_run_that_another_process_makes_is_told_and_nothing_is_recorded(grid, 
     said = []
     with FileLock(tmp_path/'grid/locks/unet-width=4-all-seed-1.lock'): reproduce(TINY, data, tmp_path/'grid', workers=1, record=tmp_path/'r.json', say=said.append, **MADE)
     assert '1 of 4 runs are being made by another process' in said[-1] and not (tmp_path/'r.json').exists()
+
+
+def test_what_nobody_asked_for_is_checked_before_it_is_reported(grid, data, tmp_path):
+    "A further seed on other images, and a result that a stranger put in."
+    shutil.copytree(grid[0], tmp_path/'grid')
+    other = make_synthetic(tmp_path/'other', n_train=30, n_test=6, size=(64, 64), seed=7)
+    with pytest.raises(InputError, match='made with other images'): reproduce(TINY, other, tmp_path/'grid', seeds=[2], arms=['undistilled'], workers=1, **MADE)
+    shutil.copytree(grid[0]/'results', tmp_path/'theirs')
+    (tmp_path/'grid'/'results'/'stray').mkdir()
+    result = json.loads(next((tmp_path/'theirs').rglob('all/seed-1/result.json')).read_text())
+    (tmp_path/'grid'/'results'/'stray'/'result.json').write_text(json.dumps(result | dict(seed=7)))
+    with pytest.raises(InputError, match='seed 7, is not in its place'): reproduce(TINY, data, tmp_path/'grid', workers=1, **MADE)
+
+
+def test_the_teachers_scores_are_of_its_weights_and_of_these_images(grid, data, tmp_path):
+    from polyp_difom.evaluation.reproduce import _score_teacher
+    shutil.copytree(grid[0], tmp_path/'grid')
+    sets, file = list_sets(data), tmp_path/'grid'/'teacher.json'
+    kept = json.loads(file.read_text())
+    hashes = {name: kept['known'][name] for name in sets}
+    file.write_text(json.dumps(kept | dict(cost='mine')))
+    assert _score_teacher(tmp_path/'grid', sets, hashes)['cost'] == 'mine' != _score_teacher(tmp_path/'grid', sets, {name: 'changed' for name in sets})['cost']
+
+
+def test_nothing_else_is_replaced(grid, data, tmp_path):
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'report').write_text('mine')
+    with pytest.raises(InputError, match='is a folder of something else'): reproduce(TINY, data, tmp_path/'mine', workers=1, **MADE)
+    (tmp_path/'mine.json').write_text('{"a": 1}')
+    for record in (tmp_path/'mine.json', next((grid[0]/'results').rglob('result.json'))):
+        with pytest.raises(InputError, match='something else than the record of a grid'): reproduce(TINY, data, grid[0], workers=1, record=record, **MADE)
+
+
+def test_training_images_are_no_test_set(data, tmp_path):
+    shutil.copytree(data, tmp_path/'data')
+    shutil.copytree(data/'TrainDataset', tmp_path/'data'/'TestDataset'/'NewClinic')
+    with pytest.raises(InputError, match='NewClinic: 30 of its 30 images are training images'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
+
+
+def test_one_image_is_a_set(data):
+    from polyp_difom.evaluation.statistics import group_alike
+    assert len(group_alike([next(iter(list_sets(data).values()))[0].image])) == 1
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    "A killed grid leaves nobody at work."
+    code = ('import os, sys, time, torch, polyp_difom.evaluation.reproduce as r\n'
+            'def work(*given, say): print(os.getpid(), flush=True); time.sleep(60)\n'
+            'r._work = work\n'
+            'if __name__ == "__main__":\n'
+            '    other = torch.multiprocessing.get_context("spawn").Process(target=r._start_worker)\n'
+            '    other.start(); time.sleep(60)\n')
+    (tmp_path/'grid.py').write_text(code)
+    with subprocess.Popen([sys.executable, tmp_path/'grid.py'], stdout=subprocess.PIPE, text=True) as started:
+        worker = int(started.stdout.readline())
+        started.kill()
+    end = time.monotonic() + 20
+    while is_running(str(worker)) and time.monotonic() < end: time.sleep(.1)
+    assert not is_running(str(worker))

@@ -251,13 +251,39 @@ def test_silence_where_there_is_a_polyp_is_told_from_silence_where_there_is_none
 def test_results_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
     with pytest.raises(InputError, match='no result.json'): read_results(tmp_path)
     for name in 'ab': (tmp_path/name).mkdir()
-    result = dict(arm='undistilled', student='unet', seed=0, sets=dict(Kvasir=dict(scores=dict(mDice=.5))))
+    result = json.loads(json.dumps(grid({}, seeds=1)[0]))
     (tmp_path/'a/result.json').write_text(json.dumps(result))
     assert read_results(tmp_path) == [result]
     (tmp_path/'b/result.json').write_text(json.dumps(result))
     with pytest.raises(InputError, match='same arm, student and seed'): read_results(tmp_path)
     (tmp_path/'b/result.json').write_text('{')
     with pytest.raises(InputError, match='b/result.json'): read_results(tmp_path)
+
+
+def _spoil(path, value):
+    def change(result):
+        *way, last = path
+        for key in way: result = result[key]
+        result[last] = value
+    return change
+
+
+@pytest.mark.parametrize('spoil', [_spoil(('sets', 'Kvasir', 'images', '3.png', 'mDice'), .99), _spoil(('sets', 'Kvasir', 'images', '3.png', 'mDice'), 90), _spoil(('sets', 'Kvasir', 'images', '3.png', 'mDice'), None),
+                                   _spoil(('sets', 'Kvasir', 'images', '3.png'), {}), _spoil(('sets', 'Kvasir', 'images'), []), _spoil(('sets', 'Kvasir', 'scores'), 'good'), _spoil(('teacher',), 'good'),
+                                   _spoil(('teacher', 'sets', 'CVC-300', 'scores', 'mDice'), 2)], ids=range(8))
+def test_scores_that_are_not_those_of_their_images_are_refused(spoil, tmp_path):
+    result = json.loads(json.dumps(grid({}, seeds=1)[0]))
+    (tmp_path/'result.json').write_text(json.dumps(result))
+    assert read_results(tmp_path)
+    spoil(result)
+    (tmp_path/'result.json').write_text(json.dumps(result))
+    with pytest.raises(InputError, match='no scores of .*remove it'): read_results(tmp_path)
+
+
+@pytest.mark.parametrize('table, told', [('image,sequence\n1.png,\n', 'line 2: an empty cell'), ('set,image,sequence\nA,1.png,x\n,2.png,x\n', 'line 3: an empty cell'), ('image,sequence\n1.png,x\n1.png,y\n', '1.png stands twice')])
+def test_sequences_that_say_nothing_or_two_things_are_refused(table, told, tmp_path):
+    (tmp_path/'s.csv').write_text(table)
+    with pytest.raises(InputError, match=told): read_sequences(tmp_path/'s.csv')
 
 
 def test_a_summary_holds_what_a_benchmark_records():

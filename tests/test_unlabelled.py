@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from PIL import Image
 from polyp_difom import cli
 from polyp_difom.core import InputError
+from polyp_difom.data.loaders import take_labels
 from polyp_difom.data.images import list_images, test_sets as sets_of, train_pairs
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.features.extract import extract
@@ -270,6 +271,30 @@ def test_the_command_repeats_the_run(data, store, frames, tmp_path, polyp_difom)
     assert assert_same_settings and state_of(tmp_path/'repeated')[0] == state_of(run)[0]
 
 
+def test_the_rest_are_looked_through_for_test_images(data, adapted, tmp_path):
+    shutil.copytree(data, tmp_path/'data')
+    rest = take_labels(train_pairs(tmp_path/'data'), .5)[1][0].image
+    test = next(iter(sets_of(data).values()))[0].image
+    with Image.open(test) as picture: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(rest)
+    with Image.open(test.parents[1]/'masks'/test.name) as mask: mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(rest.parents[1]/'masks'/rest.name)
+    extract(tmp_path/'data', [f'adapted={adapted}'], tmp_path/'store', device='cpu')
+    with pytest.warns(UserWarning, match='1 of 8 frames without labels look like a test or a validation image'): run = train(tmp_path/'data', tmp_path/'run', features=tmp_path/'store', unlabelled='rest', labels=.5, **SHORT)
+    assert settings_of(run)['frames'] == 7 and rest.name not in (run/'files.csv').read_text()
+
+
+def test_what_a_fault_in_the_first_epoch_leaves_is_gone_on_with(data, tmp_path):
+    from polyp_difom.training.runs import Checkpoint
+    class Killed(Callback):
+        order = 61 # before the checkpoint
+        def after_epoch(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(data, tmp_path/'run', cbs=[Killed()], **SHORT)
+    for name in ('log.csv', 'best.safetensors', '.best.safetensors.part-1-2'): (tmp_path/'run'/name).write_text('x')
+    train(data, tmp_path/'run', **SHORT)
+    assert len(read_log(tmp_path/'run')) == 3
+    (tmp_path/'other').mkdir(); (tmp_path/'other'/'log.csv').write_text('x')
+    with pytest.raises(InputError, match='a folder of something else'): train(data, tmp_path/'other', **SHORT)
+
+
 def test_words_of_a_command():
     words = lambda **options: shlex.split(_command('d', 'r', 'unet', 's', **options))[7:-2]
     assert words(soft_masks=False, warm_heads=True) == ['--no-soft-masks', '--warm-heads']
@@ -288,7 +313,9 @@ def test_every_option_is_on_the_command_line():
 
 WRONG = {'--preset papr': 'unknown preset papr', '--labels 0': 'labels 0', '--ratio 1': 'ratio 1', '--augment weak': 'augment weak', '--latents deep': 'latents deep', '--soft-on some': 'soft_on some',
          '--select first': 'select first', '--balance even': 'balance even', '--refresh -1': 'refresh -1', '--unlabelled rest': 'without features', '--soft-loss dice': 'soft',
-         '--live-teacher unet --soft-on all': 'unet', '--schedule cosine': 'schedule cosine'}
+         '--live-teacher unet --soft-on all': 'unet', '--schedule cosine': 'schedule cosine', '--live-teacher filterbank --soft-on all': 'makes no masks', '--live-teacher filterbank --shuffled': 'gives masks of that very view',
+         '--live-teacher filterbank --no-soft-masks': 'gives masks of that very view', '--supervised-last': 'there is no phase III', '--shuffled': 'without features there is no teacher', '--temperature .5': 'without features there is no teacher',
+         '--refresh 2': 'without features there is no teacher'}
 
 
 @pytest.mark.parametrize('words, told', WRONG.items(), ids=str)

@@ -204,16 +204,28 @@ def _look_at(paths:list) -> dict: # path -> `_Seen`
     return dict(zip(paths, parallel_map(lambda path: _look(path, os.path.getmtime(path) if isinstance(path, Path) else 0), paths, 'comparing')))
 
 # %% ../../nbs/01_data/02_check.ipynb #b161aabf
+def _views(
+    bits:np.ndarray # (n, 256) perceptual hashes
+) -> list: # of eight; the first is `bits`
+    "The hashes of the pictures mirrored and turned by right angles: a mirrored cosine changes its sign if its frequency is odd."
+    signs = bits.reshape(-1, 16, 16)
+    odd = np.arange(16) % 2 == 1
+    return [(turned ^ (rows & odd[:, None]) ^ (columns & odd)).reshape(-1, 256) for turned in (signs, signs.transpose(0, 2, 1)) for rows in (False, True) for columns in (False, True)]
+
 def find_test_images(
     frames:list, # paths of pictures to train on
     tests:list # paths of test images
 ) -> list: # of (frame, test image)
-    "Frames that are test images, as the same picture or nearly so. Raises `InputError` for a picture that cannot be read."
+    "Frames that are test images, as the same picture or nearly so, turned and mirrored ones among them. Raises `InputError` for a picture that cannot be read."
     if not (frames and tests): return []
     frames, tests = _look_at(frames), _look_at(tests)
-    index, bits = _nearest(*(np.stack([one.bits for one in part.values()]) for part in (frames, tests)))
-    known = {one.digest: path for path, one in tests.items()}
-    return [(frame, known.get(one.digest) or [*tests][i]) for (frame, one), i, n in zip(frames.items(), index, bits) if one.digest in known or n <= NEAR]
+    ours, theirs = (np.stack([one.bits for one in part.values()]) for part in (frames, tests))
+    found = {one.digest: path for path, one in tests.items()}
+    found = {frame: found[one.digest] for frame, one in frames.items() if one.digest in found}
+    for k, view in enumerate(_views(theirs)):
+        for frame, i, bits in zip(frames, *_nearest(ours, view)):
+            if bits <= (NEAR/2 if k else NEAR): found.setdefault(frame, [*tests][i])
+    return [(frame, found[frame]) for frame in frames if frame in found]
 
 # %% ../../nbs/01_data/02_check.ipynb #acb79e7e
 def _numbers(images:dict) -> dict: # (start of the name, size) -> set of the numbers behind it

@@ -241,14 +241,17 @@ def _note(name, images, duplicates, names) -> str: # empty if there is nothing t
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #9f23e579
 def set_notes(
-    results:list, duplicates:dict=None # set -> names, as from `find_duplicates`
+    results:list, duplicates:dict=None, # set -> names, as from `find_duplicates`
+    trained_on:dict=None # set -> how many of its images are training images
 ) -> list: # of str, one a remark
-    "What to know of each set beside its numbers."
-    notes, names = [], set_names(results)
+    "What to know of each set, and of the runs, beside the numbers."
+    names, commits = set_names(results), sorted({r.get('commit') or '' for r in results})
+    notes = [f'The runs were made at several commits: {", ".join(commits)}.'] if len(commits) > 1 else []
     for name in names:
         images = next(r['sets'][name]['images'] for r in results if name in r['sets'])
         free = sum(not record['area'] for record in images.values())
-        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
+        known = (trained_on or {}).get(name)
+        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{known} of {len(images)} are training images, so its scores flatter' if known else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
         notes += [f'{name}: {text}.' for text in told if text]
     return notes
 
@@ -351,11 +354,12 @@ def write_report(
     design:Design=Design(),
     sequences:dict=None, # as from `read_sequences`
     duplicates:dict=None, # set -> names, as from `find_duplicates`
-    others=() # as from `row_from_maps`
+    others=(), # as from `row_from_maps`
+    trained_on:dict=None # set -> how many of its images are training images
 ) -> dict: # the summary, with `verdict` and `notes`
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
-    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates), _tables(kept, summary['differences'], others, design)
+    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on), _tables(kept, summary['differences'], others, design)
     arms = len({(e['student'], e['arm']) for e in summary['differences'] if e['base'] == design.twin and design.claims(e['arm'])})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures

@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from threading import Thread
 
 from .. import __version__
 from ..core import InputError, atomic_path, bytes_hash, file_hash, find_device, is_whole, name_some, nearest, parallel_map, parse_spec, printable, read_options
@@ -22,6 +23,7 @@ from ..weights import save_tensors
 from ..data.images import list_images, test_sets, train_pairs
 from ..data.loaders import fingerprint
 from ..features.extract import extract
+from ..features.store import FeatureStore
 from ..students.blocks import count_params_macs
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
@@ -29,7 +31,7 @@ from ..training.learner import TrainConfig
 from ..training.runs import resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
-from .benchmark import score_set, set_result
+from .benchmark import check_sets, score_set, set_result
 from .report import row_from_maps, write_report
 from .statistics import Design, find_duplicates, group_alike, group_images, read_result, read_results, read_sequences, write_summary
 
@@ -43,8 +45,8 @@ def _check_names(recipe):
     "Raise `InputError` for arms or students that have no folder of their own."
     for what in ('students', 'arms'):
         names = [*getattr(recipe, what)]
-        bad = [name for name in names if not isinstance(name, str) or not _slug(name).strip('.')]
-        if bad or not names: raise InputError(f'recipe {recipe.name}: {what}: {repr(bad[0]) + " is no name" if bad else "there are none"}')
+        bad = [name for name in names if not isinstance(name, str) or not _slug(name).strip('.') or len(name) > 100]
+        if bad or not names: raise InputError(f'recipe {recipe.name}: {what}: {repr(bad[0])[:60] + " is no name, or too long a one" if bad else "there are none"}')
         slugs = [_slug(name) for name in names]
         if twice := [name for name, slug in zip(names, slugs) if slugs.count(slug) > 1]: raise InputError(f'recipe {recipe.name}: {what} {name_some(twice)} would share a folder; rename one')
 
@@ -53,6 +55,7 @@ def _check_arms(recipe):
     for name, options in dict(shared=recipe.shared, **recipe.arms).items():
         if not isinstance(options, dict): raise InputError(f'recipe {recipe.name}: {name}: {options} is no table of options')
         if own := {'seed', 'preset'} & {*options}: raise InputError(f'recipe {recipe.name}: {name}: {own.pop()} is of the whole recipe; give seeds = […] or preset = "…" at its top')
+        if odd := [key for key in ('student', 'features') if not isinstance(options.get(key, ''), str)]: raise InputError(f'recipe {recipe.name}: {name}: {odd[0]} is {options[odd[0]]}; give text')
         if options.get('unlabelled') and recipe.unlabelled is None: raise InputError(f'recipe {recipe.name}: {name} learns from frames without labels; say which at the top: unlabelled = "rest" or "frames"')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
@@ -77,6 +80,7 @@ class Recipe:
         _check_arms(self)
         if self.twin not in self.arms: raise InputError(f'recipe {self.name}: the twin {self.twin} is none of its arms ({name_some(self.arms, 5)})')
         if not self.seeds or not all(map(is_whole, self.seeds)): raise InputError(f'recipe {self.name}: seeds {self.seeds}: give whole numbers from 0')
+        if own := {'data', 'out', 'device', 'features', 'student', 'folds'} & {*self.teacher}: raise InputError(f'recipe {self.name}: teacher: {own.pop()} is not the recipe\'s to choose; leave it away')
         if self.unlabelled not in (None, 'rest', 'frames'): raise InputError(f'recipe {self.name}: unlabelled {self.unlabelled}: choose rest or frames')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #10aa6633
@@ -91,7 +95,7 @@ def read_recipe(
     file = Path(recipe) if str(recipe).endswith('.toml') else resources.files('polyp_difom')/'recipes'/f'{recipe}.toml'
     if not file.is_file(): raise InputError(f'unknown recipe {recipe}; {nearest(str(recipe), list_recipes())}, or give the path of a .toml file')
     try: told = tomllib.loads(file.read_text())
-    except (ValueError, OSError) as error: raise InputError(f'{recipe}: not readable as TOML ({printable(error)[:120]})') from None
+    except (ValueError, OSError, RecursionError) as error: raise InputError(f'{recipe}: not readable as TOML ({printable(error)[:120]})') from None
     wrong = [key for key, value in told.items() if not isinstance(value, _parts.get(key, ()))] + [key for key in ('title', 'seeds', 'students', 'twin', 'arms') if key not in told]
     if wrong: raise InputError(f'{recipe}: {wrong[0]} is missing, unknown, or of another kind than in the recipes of the package ({", ".join(_parts)})')
     return Recipe(file.name.removesuffix('.toml'), **told)
@@ -170,8 +174,8 @@ def _prepare(recipe:Recipe, sources:Sources, jobs:list, out:Path, device):
     with FileLock(out/'.preparing'):
         if 'adapted' in needed: adapt(sources.data, out/'teacher', sources.backbone, **{key: value for key, value in recipe.teacher.items() if key != 'backbone'}, device=device)
         for name in sorted(needed):
-            done = out/'features'/f'{name}.done'
-            if not done.exists(): _make_store(name, recipe, sources, out, device); done.touch()
+            done, images = out/'features'/f'{name}.done', 'training images' + ' and frames'*bool(sources.unlabelled)
+            if not done.exists() or images not in done.read_text(): _make_store(name, recipe, sources, out, device); done.write_text(images)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #10f2244e
 def _commit() -> str:
@@ -201,9 +205,21 @@ def _fingerprints(sources:Sources, sets:dict) -> dict: # part -> what its images
     found = {name: fingerprint(pairs) for name, pairs in (sets | {'training images': train_pairs(sources.data)}).items()}
     if sources.unlabelled: found['frames'] = bytes_hash(b''.join(sorted(parallel_map(file_hash, list_images(sources.unlabelled), 'reading')))).hex()
     file = parse_spec(sources.backbone)[1] if sources.backbone else None
+    if sources.features: found['features'] = _features_hash(sources.features)
     return found | ({'backbone': file_hash(file).hex()} if file else {})
 
-_optional = ('frames', 'backbone') # where the arms that were asked for do without
+def _features_hash(place) -> str:
+    "What the teachers of a store were. Raises `InputError` where there is none."
+    store = FeatureStore(place)
+    return bytes_hash(json.dumps({name: dict(store.array(name).attrs['provenance']) for name in sorted(store.teachers)}, sort_keys=True).encode()).hex()
+
+def _uses(job:Job, recipe:Recipe) -> set: # of what a run depends on beside the data set
+    "Frames, backbone, features."
+    pretrained = job.options.get('pretrained') is True and 'student' in job.options
+    return {name for name, used in dict(frames=job.options.get('unlabelled') and recipe.unlabelled == 'frames', features=job.options.get('features') == 'foundation',
+                                        backbone=job.options.get('features') in ('adapted', 'random') or pretrained).items() if used}
+
+_optional = ('frames', 'backbone', 'features')
 
 def _score(run:Path, sets:dict) -> tuple: # sets, cost
     "Scores and per-image records of a run on every set; parameters (millions) and GMACs of what is deployed."
@@ -224,15 +240,16 @@ def _write_json(path:Path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary: temporary.write_text(json.dumps(value, indent=1))
 
-def _score_teacher(out:Path, sets:dict) -> dict:
-    "Scores of the adapted teacher, made once; empty if there is none."
-    file = out/'teacher.json'
-    if not (out/'teacher').exists(): return {}
+def _score_teacher(out:Path, sets:dict, data:dict) -> dict:
+    "Scores of the adapted teacher, made once for these weights and these sets; empty if there is none."
+    file, weights = out/'teacher.json', out/'teacher'/'best.safetensors'
+    if not weights.exists(): return {}
+    known = {name: data[name] for name in sets} | dict(weights=file_hash(weights).hex())
     with FileLock(out/'.scoring'):
-        if not file.exists():
+        if not file.exists() or _read_json(file).get('known') != known:
             scored, cost = _score(out/'teacher', sets)
-            _write_json(file, dict(sets=scored, cost=cost))
-    return _read_json(file)
+            _write_json(file, dict(known=known, sets=scored, cost=cost))
+    return {name: value for name, value in _read_json(file).items() if name != 'known'}
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #6ec0f5a2
 def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.json'
@@ -243,11 +260,13 @@ def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."
-    if not isinstance(before := held.get('configuration'), dict): raise InputError(f'{file}: is damaged; remove it and the run')
-    now, known = _configuration(job, recipe), held.get('data', data)
+    before, known = held.get('configuration'), held.get('data')
+    if not isinstance(before, dict) or not isinstance(known, dict): raise InputError(f'{file}: is damaged; remove it and the run')
+    now = _configuration(job, recipe)
     different = [f'{key} {before.get(key)} then, {now.get(key)} now' for key in before | now if before.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
-    other = [name for name in known | data if known.get(name) != data.get(name) and not (name in _optional and name not in known.keys() & data.keys())]
+    idle = [name for name in _optional if name not in data or name not in _uses(job, recipe)]
+    other = [name for name in known | data if known.get(name) != data.get(name) and name not in idle]
     if other: raise InputError(f'{file}: made with other images or weights ({name_some(other, 3)}); give the same data, --test, --unlabelled and --backbone, or choose another --out')
 
 def _is_done(job:Job, recipe:Recipe, out:Path, data:dict) -> bool:
@@ -270,9 +289,15 @@ def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     if parse_spec(options['student'])[0] in ('unet', 'unetpp'): options.pop('pretrained', None)
     return options | dict(seed=job.seed)
 
+def _check_place(out:Path, record):
+    "Raise `InputError` for a folder of something else, and for a record in the place of something else."
+    if out.is_dir() and any(out.iterdir()) and not (out/'.preparing').exists(): raise InputError(f'{out}: is a folder of something else; choose another --out')
+    if not record or not Path(record).exists(): return
+    if Path(record).absolute().is_relative_to(out.absolute()/'results') or not {'verdict', 'differences'} <= _read_json(Path(record)).keys(): raise InputError(f'{record}: holds something else than the record of a grid; choose another --json')
+
 def _check_options(job:Job):
     "Raise `InputError` for an option that `train` does not have."
-    read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')}, TargetConfig, TrainConfig)
+    read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')} | dict(seed=job.seed), TargetConfig, TrainConfig)
 
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
@@ -282,10 +307,11 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict
     if (run/'last.safetensors').exists(): resume(run, device=device)
     else: train(sources.data, run, **_train_options(job, recipe, sources, out), device=device)
     scored, cost = _score(run, sets)
+    if changed := [name for name, value in _fingerprints(sources, sets).items() if data.get(name, value) != value]: raise InputError(f'{sources.data}: {name_some(changed, 3)} changed while the run was made; make the grid anew, in another --out')
     config = json.loads((run/'config.json').read_text())
     result = dict(recipe=recipe.name, title=recipe.title, twin=recipe.twin, student=job.student, arm=job.arm, seed=job.seed, configuration=_configuration(job, recipe), command=config['command'], commit=_commit(),
                   machine=_machine(find_device(device)), fingerprint=config['fingerprints'], data=data, seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start - config['seconds'], 1),
-                  validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets) if job.options.get('features') == 'adapted' or recipe.teacher else None, sets=scored)
+                  validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets, data) if job.options.get('features') == 'adapted' or recipe.teacher else None, sets=scored)
     _write_json(_result(job, out), result)
     return result
 
@@ -343,7 +369,10 @@ def reproduce(
     sources.check(recipe, jobs)
     sets = _sets(sources)
     extras, data_known = _extras(sources, sets), _fingerprints(sources, sets)
+    _check_place(out, record)
+    check_sets(sets)
     for job in jobs: _check_options(job), _is_done(job, recipe, out, data_known)
+    _grid_results(recipe, out, data_known)
     for student in dict.fromkeys(job.options.get('student', job.student) for job in jobs): create_student(student, pretrained=False)
     workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -352,7 +381,8 @@ def reproduce(
     if left := [job for job in jobs if not _result(job, out).exists()]:
         say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
         record = None
-    return _report(recipe, out, _command(named, sources, out, seeds=seeds, students=students, arms=arms, json=record), extras, record)
+    command = _command(named, sources, out, seeds=seeds, students=students, arms=arms, json=record)
+    return _report(recipe, _grid_results(recipe, out, data_known), out, command, extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
 def _command(recipe:str, sources:Sources, out:Path, **asked) -> str: # `asked`: some of the recipe's seeds, students and arms, and the record
@@ -366,17 +396,32 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
     return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
 
-def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others: as `write_report` takes them
+def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images
+    "Raises `InputError` for a set that is mostly of training images."
+    hashes = lambda pairs: parallel_map(file_hash, [pair.image for pair in pairs], 'reading')
+    seen = {*hashes(train_pairs(sources.data))}
+    found = {name: sum(one in seen for one in hashes(pairs)) for name, pairs in sets.items()}
+    if mostly := [name for name, n in found.items() if n > len(sets[name])/2]: raise InputError(f'{mostly[0]}: {found[mostly[0]]} of its {len(sets[mostly[0]])} images are training images, so it is no test set; take it away')
+    return found
+
+def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others, trained_on: as `write_report` takes them
     "What the report tells beside the runs. Raises `InputError`."
     known = read_sequences(sources.sequences) if sources.sequences else {}
-    if known and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
+    if sources.sequences and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
     others = [row_from_maps(folder, [sources.data, *sources.tests]) for folder in sources.maps]
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
-    return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others)
+    return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others, trained_on=_trained_on(sources, sets))
 
-def _report(recipe:Recipe, out:Path, command:str, extras:dict, record) -> dict:
-    "The report of what is there, as soon as two arms have a seed in common."
+def _grid_results(recipe:Recipe, out:Path, data:dict) -> list:
+    "The results of a recipe's arms and students. Raises `InputError` for one of other options or data."
+    if not any((out/'results').rglob('result.json')): return []
     results = [r for r in read_results(out/'results') if r['arm'] in recipe.arms and r['student'] in recipe.students]
+    jobs = [list_jobs(recipe, [r['seed']], [r['student']], [r['arm']])[0] for r in results]
+    if strange := [r for r, job in zip(results, jobs) if not _is_done(job, recipe, out, data)]: raise InputError(f'{out/"results"}: a result of {strange[0]["arm"]}, seed {strange[0]["seed"]}, is not in its place; remove it')
+    return results
+
+def _report(recipe:Recipe, results:list, out:Path, command:str, extras:dict, record) -> dict:
+    "The report of what is there, as soon as two arms have a seed in common."
     twins = {(r['student'], r['seed']) for r in results if r['arm'] == recipe.twin}
     if not any(r['arm'] != recipe.twin and (r['student'], r['seed']) in twins for r in results): return dict(verdict=f'nothing to compare yet: no other arm has a seed in common with {recipe.twin}')
     summary = write_report(results, out/'report', Design(twin=recipe.twin), **extras)
@@ -385,9 +430,15 @@ def _report(recipe:Recipe, out:Path, command:str, extras:dict, record) -> dict:
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #84490fe1
 def _start_worker(*given):
-    "What a further process does."
+    "What a further process does, as long as the first one lives."
     torch.set_num_threads(1)
-    _work(*given, say=print)
+    Thread(target=_end_with_parent, daemon=True).start()
+    try: _work(*given, say=print)
+    except InputError as error: sys.exit(f'error: {error}')
+
+def _end_with_parent():
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)
 
 def _share_work(out, workers:int, say, *given): # `given`: what `_work` takes before `say`
     "This process and further ones."
@@ -397,6 +448,9 @@ def _share_work(out, workers:int, say, *given): # `given`: what `_work` takes be
     for other in others: other.start()
     torch.set_num_threads(max(1, threads//workers))
     try: _work(*given, say)
+    except BaseException:
+        for other in others: other.terminate()
+        raise
     finally:
         for other in others: other.join()
         torch.set_num_threads(threads)

@@ -66,6 +66,9 @@ def read_sequences(
     try: table = pd.read_csv(file, dtype=str)
     except (OSError, ValueError) as error: raise InputError(f'{file}: cannot be read ({error})') from None
     if missing := {'image', 'sequence'} - set(table): raise InputError(f'{file}: no column {name_some(sorted(missing))}; give image,sequence')
+    known = [name for name in ('set', 'image', 'sequence') if name in table]
+    if len(empty := table[table[known].isna().any(axis=1)]): raise InputError(f'{file}: line {empty.index[0] + 2}: an empty cell; give {",".join(known)} for each image')
+    if len(twice := table[table.duplicated(known[:-1])]): raise InputError(f'{file}: {twice.image.iloc[0]} stands twice in it; leave one line')
     if 'set' not in table: return {None: dict(zip(table['image'], table['sequence']))}
     return {name: dict(zip(part['image'], part['sequence'])) for name, part in table.groupby('set')}
 
@@ -97,7 +100,7 @@ def group_alike(
     above:float=.95 # correlation of two pictures of 32x32
 ) -> dict: # name -> group
     "Groups of images that look alike, each linked to another of its group."
-    linked = np.nan_to_num(np.corrcoef(parallel_map(_thumbnail, list(images), 'reading'))) > above
+    linked = np.nan_to_num(np.atleast_2d(np.corrcoef(parallel_map(_thumbnail, list(images), 'reading')))) > above
     return {Path(image).name: f'alike {group}' for image, group in zip(images, connected_components(linked)[1])}
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #9ac575eb
@@ -313,7 +316,15 @@ def differences(
     return found
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #b5e28bf8
-def _score_of(scored): return (scored.get('scores') or {}).get('mDice') if isinstance(scored, dict) else None
+def _score_of(scored): return (scored.get('scores') or {}).get('mDice') if isinstance(scored, dict) and isinstance(scored.get('scores'), dict) else None
+
+def _set_fault(scored) -> bool:
+    "Whether the scores of a set are none, or not those of its images."
+    images = scored.get('images') if isinstance(scored, dict) else None
+    if not isinstance(images, dict) or not images or not is_number(_score_of(scored), 0, 1): return True
+    keys = ('mDice', 'Dice_05', 'area', 'polyps', 'found', 'false')
+    if not all(isinstance(record, dict) and all(is_number(record.get(key), 0) for key in keys) and record['mDice'] <= 1 for record in images.values()): return True
+    return abs(np.mean([record['mDice'] for record in images.values()]) - _score_of(scored)) > 1e-4
 
 _NEEDED = ('arm', 'student', 'seed', 'sets')
 
@@ -322,10 +333,13 @@ def read_result(
 ) -> dict:
     "The result of a run. Raises `InputError` for a file that holds none."
     try: result = json.loads(file.read_text())
-    except (OSError, ValueError) as error: raise InputError(f'{file}: no result in it ({error}); remove it and run it again') from None
-    if not isinstance(result, dict) or (missing := [key for key in _NEEDED if key not in result]): raise InputError(f'{file}: no {name_some(missing if isinstance(result, dict) else _NEEDED)} in it')
-    wrong = [name for name, scored in result['sets'].items() if not is_number(_score_of(scored), 0, 1)] if isinstance(result['sets'], dict) else ['sets']
-    if wrong or not result['sets']: raise InputError(f'{file}: no mDice between 0 and 1 in it ({name_some(wrong) or "no set"}); remove it and run it again')
+    except (OSError, ValueError, RecursionError) as error: raise InputError(f'{file}: no result in it ({error}); remove it and run it again') from None
+    if not isinstance(result, dict) or (missing := [key for key in _NEEDED if key not in result]): raise InputError(f'{file}: no {name_some(missing if isinstance(result, dict) else _NEEDED)} in it; remove it and run it again')
+    taught = result.get('teacher') or {}
+    parts = {'sets': result['sets']} | ({'the teacher': taught.get('sets') if isinstance(taught, dict) else None} if taught else {})
+    for what, sets in parts.items():
+        wrong = [name for name, scored in sets.items() if _set_fault(scored)] if isinstance(sets, dict) else [what]
+        if wrong or not sets: raise InputError(f'{file}: no scores of {what} between 0 and 1 that are the means of their images ({name_some(wrong) or "no set"}); remove it and run it again')
     return result
 
 def read_results(

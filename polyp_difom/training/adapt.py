@@ -42,7 +42,7 @@ from ..model.model import load_model, predict_logits, to_map
 from .losses import OutputLoss
 from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
-from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, train, write_config, write_files
+from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, strange_files, train, write_config, write_files
 
 # %% ../../nbs/07_training/05_adapt.ipynb #4661faae
 def threshold_dice(
@@ -109,10 +109,12 @@ def _by_name(settings:dict) -> dict:
     options = settings.get('options') or {}
     return settings | (dict(options=options | dict(pretrained=Path(options['pretrained']).name)) if isinstance(options.get('pretrained'), str) else {})
 
-def _check_asked(out:Path, asked:dict):
-    "Raise `InputError` if what is in a folder was made with other settings."
+def _check_asked(out:Path, asked:dict, weights=None): # weights: file of the backbone
+    "Raise `InputError` if what is in a folder was made with other settings, or from other weights."
     held, asked = _by_name(_read_settings(out)[1]), _by_name(json.loads(json.dumps(asked, default=str)))
     other = [f'{name} {held.get(name)} then, {value} now' for name, value in asked.items() if value is not None and held.get(name) != value]
+    known = _read_settings(out)[0].get('backbone_hash')
+    if weights and known and known != file_hash(weights).hex(): other += [f'the weights in {weights} are others now']
     if other: raise InputError(f'{out}: was adapted otherwise: {name_some(other, 3)}; choose another --out, or adapt as before')
 
 # %% ../../nbs/07_training/05_adapt.ipynb #d724055c
@@ -121,7 +123,8 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
     options, pretrained = _backbone_student(backbone)
     if (out/'last.safetensors').is_file():
         weights = {} if pretrained is True else dict(pretrained=pretrained)
-        _check_asked(out, dict(student='timm-unet', options=options | weights, layout=asdict(layout)) | vars(config))
+        there = pretrained if isinstance(pretrained, str) and Path(pretrained).is_file() else None # what was begun may do without
+        _check_asked(out, dict(student='timm-unet', options=options | weights, layout=asdict(layout)) | vars(config), there)
         return resume(out, data=data, device=device)
     student = ','.join(['timm-unet', *(f'{name}={value}' for name, value in options.items())])
     return train(data, out, student, pretrained=pretrained, device=device, **asdict(layout), **vars(config))
@@ -207,7 +210,7 @@ def _kept_rows(out:Path, learn, settings:dict) -> list: # of the log
     "Put back what a training that stopped has left. Raises `InputError` if it was another one."
     last = out/'last.safetensors'
     if not last.is_file():
-        if left := {path.name for path in out.iterdir()} - {'config.json', 'files.csv'} if out.is_dir() else (): raise InputError(f'{out}: is a folder of something else ({name_some(left, 3)}); choose another --out')
+        if left := strange_files(out): raise InputError(f'{out}: is a folder of something else ({name_some(left, 3)}); choose another --out')
         return []
     _check_asked(out, settings)
     held = _read_settings(out)[0].get('fingerprints')
@@ -229,7 +232,7 @@ def _train_decoder(data, out:Path, features, teacher, layout:Layout, config:Trai
         progress = ConsoleProgress()
         try:
             with learn.no_bar(), learn.no_logging():
-                learn.fit_one_cycle(epochs, config.lr, cbs=[EpochLog(rows), Checkpoint(out, config.select), progress, StopOnDivergence()], start_epoch=len(rows))
+                learn.fit_one_cycle(epochs, config.lr, cbs=[EpochLog(rows), Checkpoint(out, config.select, go_on='the same command'), progress, StopOnDivergence()], start_epoch=len(rows))
         finally: progress.close()
     return out
 
@@ -339,6 +342,7 @@ class FoldedTeacher(Teacher):
         name:str, folder # with `folds.csv`
     ):
         table = _read_folds(Path(folder))
+        _check_folds(Path(folder), table)
         members = [_member(name, Path(folder)/f'fold-{k + 1}', k == 0) for k in range(table.fold.max())]
         super().__init__(name, members[0].size)
         self.members, self.taken, self.views = nn.ModuleList(members), None, {}
@@ -374,6 +378,14 @@ def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
         if table.empty or table.fold.min() < 1 or table.fold.max() > 100 or any(len(bytes.fromhex(digest)) != 16 for digest in table.image_hash): raise ValueError
     except (ValueError, AttributeError, TypeError): raise InputError(f'{path}: not a table of folds; put it back, or adapt again') from None
     return table
+
+def _check_folds(folder:Path, table:pd.DataFrame):
+    "Raise `InputError` where a member has seen images that are said to be unseen by it, or that the table does not know."
+    for k in range(1, table.fold.max() + 1):
+        files = folder/f'fold-{k}'/'files.csv'
+        try: seen = {*pd.read_csv(files, dtype=str).image_hash}
+        except (OSError, ValueError, AttributeError): raise InputError(f'{files}: missing or not the list of a run\'s images; put it back, or adapt again') from None
+        if seen & {*table.image_hash[table.fold == k]} or seen - {*table.image_hash}: raise InputError(f'{files}: is not of the fold that {folder/"folds.csv"} says; put both back as they were, or adapt again')
 
 def _folds_hash(table) -> str: return f'{pd.util.hash_pandas_object(table[["fold", "image_hash"]], index=False).sum():016x}'
 

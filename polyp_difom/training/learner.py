@@ -182,6 +182,8 @@ class TrainConfig:
         for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
         for name, (allowed, fits) in _allowed.items():
             if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at", "fusion") else "give"} {allowed}')
+        if self.live_teacher and (self.shuffled or self.soft_masks is False): raise InputError(f'{"shuffled" if self.shuffled else "soft_masks False"}: a teacher that looks in every step gives masks of that very view; leave live_teacher away')
+        if self.supervised_last and not self.epochs[2]: raise InputError('supervised_last: there is no phase III to be of labels alone; give it epochs, as epochs=(10, 20, 10)')
         if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
         self.distillation(soft=True)
 
