@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'decisions', 'open_image', 'orientation', 'read_image', 'MaskError', 'read_mask',
-           'Layout', 'find_images', 'Pair', 'pair_up', 'is_mask_folder', 'guess_layout', 'find_coco', 'layout_options',
-           'layout_advice', 'list_pairs', 'train_folder', 'train_pairs', 'test_folders', 'test_sets', 'read_decisions',
-           'accepted_frames', 'list_images', 'to_picture']
+           'Layout', 'find_images', 'Pair', 'read_truth', 'pair_fault', 'pair_up', 'is_mask_folder', 'guess_layout',
+           'find_coco', 'layout_options', 'read_layout', 'layout_advice', 'list_pairs', 'train_folder', 'train_pairs',
+           'test_folders', 'test_sets', 'all_pairs', 'read_decisions', 'changed_frames', 'accepted_frames',
+           'record_decision', 'list_images', 'to_picture']
 
 # %% ../../nbs/01_data/01_images.ipynb #629b695f
 import csv, os, re, shlex
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from ..core import InputError, filesystem, name_some, read_bytes, to_place
+from ..core import InputError, atomic_path, disk_full_error, file_hash, filesystem, name_some, parallel_map, read_bytes, read_options, to_place, unwritable_error
 
 # %% ../../nbs/01_data/01_images.ipynb #649032c5
 FORMATS = ('PNG', 'JPEG', 'MPO', 'TIFF', 'BMP', 'WEBP', 'GIF', 'PPM', 'JPEG2000') # the only ones that are opened
@@ -224,6 +226,26 @@ def _subfolder(folder:Path, name:str) -> Path:
     "`folder/images`, or `folder/image` as some releases of the benchmark have it."
     return next((folder/option for option in (name, name[:-1]) if (folder/option).is_dir()), folder/name)
 
+# %% ../../nbs/01_data/01_images.ipynb #b31a0ef7
+def read_truth(
+    pair:Pair,
+    shape, # (H, W) of its image
+    above:int=128 # polyp where the mask is brighter
+) -> np.ndarray: # (H, W) bool, True on the polyp
+    "The mask of a pair. Raises `InputError` for one of another shape than its image, too."
+    mask = read_mask(pair.mask, above)
+    if mask.shape != tuple(shape): raise InputError(f'{pair.mask}: mask {mask.shape[1]}x{mask.shape[0]}, image {shape[1]}x{shape[0]}; mend one of them')
+    return mask
+
+def pair_fault(
+    pair:Pair,
+    above:int=128 # polyp where the mask is brighter
+) -> str: # empty if there is none
+    "Why image and mask cannot be laid over each other."
+    try: read_truth(pair, read_image(pair.image).size[::-1], above)
+    except InputError as error: return str(error)
+    return ''
+
 # %% ../../nbs/01_data/01_images.ipynb #9288924a
 def _folders(folder:Path, layout:Layout) -> tuple: # of the images, of the masks
     if layout.images or layout.masks:
@@ -331,6 +353,15 @@ def layout_options(
     given = [(f'--{field.name.replace("_", "-")}', getattr(layout, field.name)) for field in fields(layout) if getattr(layout, field.name) not in ('', field.default)]
     return shlex.join(str(part) for option in given for part in option)
 
+def read_layout(
+    text:str # as from `layout_options`
+) -> Layout:
+    "The layout that options say. Raises `InputError` for an unknown one, or one without value."
+    words = shlex.split(text)
+    if len(words) % 2: raise InputError(f'{text}: options come in pairs, as --mask-above 0')
+    options = {name.removeprefix('--').replace('-', '_'): int(value) if value.isdecimal() else value for name, value in zip(words[::2], words[1::2])}
+    return read_options(options, Layout)[0]
+
 # %% ../../nbs/01_data/01_images.ipynb #f5d49ea5
 def layout_advice(
     folder # of a data set, or one of its parts
@@ -416,6 +447,15 @@ def test_sets(
     return {name: list_pairs(folder, layout) for name, folder in test_folders(data, layout).items()}
 test_folders.__test__ = test_sets.__test__ = False # pytest would collect functions of these names
 
+def all_pairs(
+    data, # data set, or a folder of pairs itself
+    layout:Layout=Layout()
+) -> list: # of `Pair`
+    "The training pairs of a data set, and then those of its test sets, whichever there are. Raises `InputError` as `list_pairs` does."
+    parts = test_sets(data, layout) if (Path(data)/'TestDataset').is_dir() else {}
+    taught = not parts or any(_holds_images(folder, layout) for folder in (Path(data)/'TrainDataset', Path(data)))
+    return (train_pairs(data, layout) if taught else []) + [pair for pairs in parts.values() for pair in pairs]
+
 # %% ../../nbs/01_data/01_images.ipynb #d95af8d1
 _MASK_ENDINGS = ('_mask', '-mask', '_gt', '_segmentation', '_seg', '_label')
 
@@ -448,25 +488,88 @@ def _image_root(files, root:str, layout:Layout) -> str:
 
 # %% ../../nbs/01_data/01_images.ipynb #d860b702
 decisions = ('accept', 'reject', 'annotate')
+_save_as = 'save it as CSV with commas, in UTF-8'
+
+def _decisions_file(file) -> Path: # a link stays a link
+    return Path(os.path.realpath(file) if os.path.islink(file) else os.path.abspath(file))
+
+def _decision_rows(file) -> list: # of dict with `frame`, `decision` and whatever else there is
+    "The lines of a file of decisions. Raises `InputError` for a file that is none."
+    content = StringIO(read_bytes(file).decode('utf-8-sig', 'surrogateescape'), newline='')
+    try: header, *rows = [row for row in csv.reader(content) if any(cell.strip() for cell in row)] or [['frame', 'decision']]
+    except csv.Error as error: raise InputError(f'{file}: not readable as CSV ({error}); {_save_as}') from None
+    names = [name.strip() for name in header]
+    if not {'frame', 'decision'} <= {*names}: raise InputError(f'{file}: needs the columns frame and decision; {_save_as}')
+    found = [dict.fromkeys(names, '') | dict(zip(names, row)) for row in rows]
+    for row, cells in zip(found, rows):
+        row['decision'] = row['decision'].strip()
+        if row['decision'] not in decisions: raise InputError(f'{file}: {",".join(cells)} is no decision; write {", ".join(decisions)}')
+        if not row['frame'] or '\0' in row['frame']: raise InputError(f'{file}: {",".join(cells)} names no frame')
+    return found
+
+# %% ../../nbs/01_data/01_images.ipynb #2bf4b702
+def _decided(file) -> dict: # path -> row
+    "The lines of a file by frame. Raises `InputError` where two of them decide differently."
+    folder, found, places = _decisions_file(file).parent, {}, {}
+    for row in _decision_rows(file):
+        frame = Path(os.path.normpath(folder/row['frame']))
+        first = found.setdefault(places.setdefault(os.path.realpath(frame), frame), row)
+        if first['decision'] != row['decision']: raise InputError(f'{file}: {first["decision"]} and {row["decision"]} of one frame, {row["frame"]}; keep one of the lines')
+    return found
 
 def read_decisions(
     file # CSV with the columns frame (a path, relative to the file) and decision
 ) -> dict: # path -> one of `decisions`
     "What was decided of each frame. Raises `InputError` for a file that does not say it."
-    try: header, *rows = filter(None, csv.reader(Path(file).read_text(encoding='utf-8-sig').splitlines()))
-    except (OSError, ValueError, csv.Error): raise InputError(f'{file}: not readable as CSV') from None
-    if header[:2] != ['frame', 'decision']: raise InputError(f'{file}: needs the columns frame and decision')
-    if other := [row for row in rows if len(row) < 2 or row[1] not in decisions]: raise InputError(f'{file}: {",".join(other[0])} is no decision; write {", ".join(decisions)}')
-    return {Path(os.path.normpath(Path(file).absolute().parent/frame)): decision for frame, decision, *_ in rows}
+    return {frame: row['decision'] for frame, row in _decided(file).items()}
+
+# %% ../../nbs/01_data/01_images.ipynb #80db2eea
+def changed_frames(
+    file, # as for `read_decisions`
+    which=decisions # decisions to look at
+) -> list: # of paths
+    "Frames that hold another picture than the one that was decided of."
+    known = [(frame, row['hash']) for frame, row in _decided(file).items() if row.get('hash') and row['decision'] in which and os.path.isfile(frame)]
+    changed = parallel_map(lambda one: file_hash(one[0]).hex() != one[1], known, 'reading')
+    return [frame for (frame, _), other in zip(known, changed) if other]
 
 def accepted_frames(
     file # as for `read_decisions`
 ) -> list: # paths, sorted
-    "The frames that were accepted. Raises `InputError` if there are none, or one is gone."
+    "The frames that were accepted. Raises `InputError` if there are none, or one is gone or has changed."
     kept = sorted(frame for frame, decision in read_decisions(file).items() if decision == 'accept')
     if not kept: raise InputError(f'{file}: no frame in it was accepted')
-    if gone := [frame for frame in kept if not frame.is_file()]: raise InputError(f'{file}: {len(gone)} of {len(kept)} accepted frames are gone ({gone[0]})')
+    if gone := [frame for frame in kept if not os.path.isfile(frame)]: raise InputError(f'{file}: {len(gone)} of {len(kept)} accepted frames are gone ({str(gone[0])[:200]}); put them back, or take their lines out')
+    if changed := changed_frames(file, ('accept',)): raise InputError(f'{file}: {len(changed)} of {len(kept)} accepted frames changed since they were accepted ({changed[0]}); look at them again with label_frames')
     return kept
+
+# %% ../../nbs/01_data/01_images.ipynb #0622455e
+def _write_rows(file:Path, rows:list): # of dict
+    "Rows as CSV, under all columns that any of them has."
+    text, names = StringIO(), list(dict.fromkeys(['frame', 'decision', 'hash', *(name for row in rows for name in row)]))
+    returns = any('\r' in value for row in rows for value in row.values()) # which csv leaves unquoted
+    table = csv.DictWriter(text, names, restval='', lineterminator='\n', quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_path(file) as path: path.write_bytes(text.getvalue().encode('utf-8', 'surrogateescape'))
+
+# %% ../../nbs/01_data/01_images.ipynb #bb38fc75
+def record_decision(
+    file, # CSV file, new or not
+    frame, # path
+    decision:str, # one of `decisions`
+    digest:str='' # `file_hash` of the picture that was looked at, hexadecimal digits
+):
+    "Write what was decided of one frame; all else in the file stays. Raises `InputError` where nothing can be written."
+    file = _decisions_file(file)
+    where = lambda path: os.path.realpath(os.path.normpath(file.parent/path))
+    with unwritable_error(file.parent), disk_full_error(file, 'the decision is not kept; free space and decide again'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f'.{file.name[:60]}.lock')):
+            rows = _decision_rows(file) if file.exists() else []
+            old = [row for row in rows if where(row['frame']) == where(os.path.abspath(frame))]
+            new = (old or [dict(frame=os.path.relpath(frame, file.parent))])[0] | dict(decision=decision, hash=digest)
+            _write_rows(file, [row for row in rows if row not in old] + [new])
 
 # %% ../../nbs/01_data/01_images.ipynb #ed0b995f
 def list_images(
@@ -474,7 +577,7 @@ def list_images(
     layout:Layout=Layout()
 ) -> list: # paths or addresses, sorted
     "The training images of a data set; of any other folder every picture in it, however deep, but masks. Raises `InputError` if there are none."
-    if str(source).endswith('.csv'): return accepted_frames(source)
+    if str(source).lower().endswith('.csv'): return accepted_frames(source)
     source, (files, root) = to_place(source), filesystem(source)
     if not files.isdir(root): raise InputError(f'{source}: no such folder')
     start = _image_root(files, root, layout)

@@ -20,24 +20,19 @@ import pandas as pd
 
 from .. import __version__
 from ..core import InputError, atomic_path, bytes_hash, disk_full_error, parallel_map, printable, progress
-from ..data.images import Layout, layout_options, read_image, read_mask, test_sets
+from ..data.images import Layout, layout_options, pair_fault, read_image, read_truth, test_sets
 from ..data.loaders import hash_pairs
 from ..model.model import PolypDiFoM, predict
-from ..deploy.predictor import read_run
+from ..deploy.predictor import read_run, seen_images
 from ..show.figures import show_extremes
 from .metrics import SegmentationMetrics, minmax_map, score_map
 from .polyps import RECORD, image_record
 from .report import published, report_markdown
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #0792c77c
-def _size_fault(mask, shape) -> str: # empty if a mask has the shape of its image
-    return '' if mask.shape == tuple(shape) else f'mask {mask.shape[1]}x{mask.shape[0]}, image {shape[1]}x{shape[0]}'
-
 def _score_pair(probability, pair, above):
     "Scores of `score_map` with the image's record, and curves."
-    mask = read_mask(pair.mask, above)
-    if fault := _size_fault(mask, probability.shape): raise InputError(f'{pair.mask}: {fault}')
-    if not np.isfinite(probability).all(): raise InputError(f'{pair.image}: the prediction is NaN; the weights of this run are damaged')
+    mask = read_truth(pair, probability.shape, above)
     scores, curves = score_map(minmax_map(probability), mask, probability)
     return scores | image_record(probability, mask, scores), curves
 
@@ -52,7 +47,7 @@ def score_set(
     "Score a model on pairs by the PraNet protocol. Raises `InputError` for a pair that cannot be scored."
     metrics = SegmentationMetrics()
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size), pair, above)
+        futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size, pair.image), pair, above)
                    for pair in progress(pairs, name)]
         for future in futures: metrics.keep(*future.result())
     images = pd.Index([printable(pair.image.name) for pair in pairs], name='image')
@@ -66,17 +61,10 @@ def set_result(
     return dict(scores=summary, images=per_image[list(RECORD)].to_dict('index'))
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #d8c3b179
-def _pair_fault(pair, above) -> str: # empty if there is none
-    "Why a pair cannot be scored."
-    try: image, mask = read_image(pair.image), read_mask(pair.mask, above)
-    except InputError as error: return str(error)
-    fault = _size_fault(mask, image.size[::-1])
-    return fault and f'{pair.mask}: {fault}'
-
 def check_sets(sets:dict, above:int=128): # name -> pairs; polyp is where a mask is above this grey value
     "Raise `InputError` for pairs that cannot be scored."
     pairs = [pair for pairs in sets.values() for pair in pairs]
-    faults = list(filter(None, parallel_map(lambda pair: _pair_fault(pair, above), pairs, 'checking')))
+    faults = list(filter(None, parallel_map(lambda pair: pair_fault(pair, above), pairs, 'checking')))
     more = f' … (+{len(faults) - 3} more)' if len(faults) > 3 else ''
     if faults: raise InputError(f'{len(faults)} of {len(pairs)} pairs cannot be scored: {"; ".join(faults[:3])}{more}')
 
@@ -143,12 +131,6 @@ def _results_folder(run) -> Path:
     except OSError as error: raise InputError(f'{out}: cannot be written to ({error.strerror})') from None
     return out
 
-# %% ../../nbs/10_evaluation/06_benchmark.ipynb #74efaa63
-def _seen_images(run) -> set: # of hashes
-    "The images that a run was trained or selected on."
-    files = Path(run)/'files.csv'
-    return set(pd.read_csv(files).get('image_hash', ())) if files.is_file() else set()
-
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #3dc9b7a1
 def evaluate(
     run, # folder made by `train` or `import_published`
@@ -160,7 +142,7 @@ def evaluate(
     start, (model, settings) = time.perf_counter(), read_run(run, student)
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     check_sets(sets, layout.mask_above)
-    report, seen, beside, written = _describe(run, data, layout, settings) | dict(sets={}), _seen_images(run), published(settings['student'], settings['distilled']), {}
+    report, seen, beside, written = _describe(run, data, layout, settings) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled']), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
         known_by, images = hash_pairs(pairs)

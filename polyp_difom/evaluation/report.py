@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ..core import InputError, name_some, atomic_path, disk_full_error, printable
 from ..data.sequences import named_sequence
+from ..deploy.predictor import seen_note
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
 from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
@@ -74,8 +75,7 @@ def report_note(
     empty = sum(scores['empty'] for scores in sets)
     frames = f'; {empty} of {sum(scores["images"] for scores in sets)} frames hold no polyp: their Dice_05 is 1 if nothing is predicted, else 0' if empty else ''
     seen = sum(scores.get('trained_on', 0) for scores in sets)
-    memory = f'; the run was trained or selected on {seen} of these frames: scores on them say nothing about new ones' if seen else ''
-    return ', '.join(parts) + frames + memory
+    return ', '.join(parts) + frames + (seen and f'; {seen_note(seen)}' or '')
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #1f27be87
 # ours -> the paper's
