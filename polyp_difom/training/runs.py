@@ -368,6 +368,8 @@ def read_log(
     except ValueError as error: raise InputError(f'{path}: not the log of a run ({str(error).splitlines()[0]})') from None
     lacking = {'epoch', 'phase', 'seg', 'valid_loss', 'valid_dice'} - {*log}
     if lacking or log.empty: raise InputError(f'{path}: not the log of a run (it lacks {", ".join(sorted(lacking)) or "epochs"})')
+    if words := [name for name in log if not pd.api.types.is_numeric_dtype(log[name])]: raise InputError(f'{path}: not the log of a run ({words[0]} holds what is no number)')
+    if not ((log.phase.isin((1, 2, 3))) & (log.epoch % 1 == 0)).all(): raise InputError(f'{path}: not the log of a run (its epochs are whole numbers, its phases 1 to 3)')
     return log
 
 # %% ../../nbs/07_training/04_runs.ipynb #9dd403ab
