@@ -6,61 +6,79 @@
 __all__ = ['inspect_pairs', 'inspect']
 
 # %% ../../nbs/09_show/05_inspect.ipynb #ba67089d
-import json
 from pathlib import Path
 
 from ipywidgets import Button, HTML, Layout as Place, Text, VBox
 
 from ..core import InputError, printable
-from ..data.images import list_images, read_image, read_mask, train_pairs
+from ..data.images import Layout, Pair, all_pairs, layout_options, list_images, read_image, read_layout, read_truth
+from ..deploy.predictor import data_of_run
 from .figures import show_pairs
-from .view import TRUTH, Inspector, View, say_error, to_png
+from .view import TRUTH, Inspector, View, say, say_error, to_png
 from .widgets import inspect_frequency, inspect_predictions, inspect_training
 
 # %% ../../nbs/09_show/05_inspect.ipynb #fab66de9
+def _frames_of(data, most:int, layout:Layout) -> tuple: # list of `Pair`, why they are without masks
+    "The first frames of a data set, or of any folder. Raises `InputError` for a folder without pictures."
+    try: return all_pairs(data, layout)[:most], ''
+    except InputError as error: return [Pair(Path(frame), None) for frame in list_images(data, layout)[:most]], f'shown without masks: {error}'
+
 def inspect_pairs(
     data, # data set, or any folder of pictures
-    most:int=8 # frames
+    most:int=8, # frames
+    layout:Layout=Layout() # where images and masks are
 ) -> Inspector:
-    "Frames of a data set with their masks. Raises `InputError` for a folder without pictures, or a picture that does not decode."
-    try: pairs = train_pairs(data)[:most]
-    except InputError: pairs = []
-    frames, images, panels = [pair.image for pair in pairs] or list_images(data)[:most], {}, []
-    for i, frame in enumerate(frames):
-        images[f'{i}'] = to_png(read_image(frame), 512)
-        if pairs: images[f'mask {i}'] = to_png(read_mask(pairs[i].mask), 512)
-        lines = [TRUTH | dict(image=f'mask {i}')] if pairs else []
-        panels.append(dict(kind='picture', image=f'{i}', title=printable(Path(frame).name), alt=f'frame {printable(Path(frame).name)}', **(dict(outlines=lines) if lines else {})))
-    return Inspector(View(panels=panels, images=images, width=200), figure=(lambda: show_pairs(pairs)) if pairs else None)
+    "Frames of a data set with their masks. Raises `InputError` for a folder without pictures, a picture that does not decode, or a mask of another shape."
+    (pairs, why), line, images, panels = _frames_of(data, most, layout), HTML(), {}, []
+    for i, pair in enumerate(pairs):
+        frame, name = read_image(pair.image), printable(pair.image.name)
+        images[f'{i}'] = to_png(frame, 512)
+        if pair.mask: images[f'mask {i}'] = to_png(read_truth(pair, frame.size[::-1], layout.mask_above), 512)
+        lines = dict(outlines=[TRUTH | dict(image=f'mask {i}')]) if pair.mask else {}
+        panels.append(dict(kind='picture', image=f'{i}', title=name, alt=f'frame {name}') | lines)
+    say(line, why)
+    return Inspector(View(panels=panels, images=images, width=200), [line], lambda: show_pairs(pairs, above=layout.mask_above))
 
 # %% ../../nbs/09_show/05_inspect.ipynb #d1abaf7c
-def _inspectors(data:str, features:str, run:str) -> list:
+def _inspectors(data:str, features:str, run:str, options:str): # generator of `Inspector`
     "What can be shown of the places that were given. Raises `InputError`."
     if not (data or features or run): raise InputError('give a data set, a feature store or a run')
-    if run and not data:
-        try: data = json.loads((Path(run)/'config.json').read_text())['data']
-        except (OSError, ValueError, KeyError): raise InputError(f'{run}: no run in it that names its data; give the data set, too') from None
-    if features and not data: raise InputError('give the data set whose images are in the feature store, too')
-    found = [inspect_predictions(run, data), inspect_training(run, every=0)] if run else []
-    if features: found.append(inspect_frequency(features, data))
-    return found or [inspect_pairs(data)]
+    if features and not (data or run): raise InputError('give the data set whose images are in the feature store, too')
+    data, layout = data or data_of_run(run), read_layout(options)
+    if run: yield inspect_predictions(run, data, layout=layout)
+    if run: yield inspect_training(run, every=0)
+    if features: yield inspect_frequency(features, data, layout=layout)
+    if not (run or features): yield inspect_pairs(data, layout=layout)
 
+# %% ../../nbs/09_show/05_inspect.ipynb #09b6563f
+def _clear(area:VBox):
+    "Take everything out, and end it."
+    old, area.children = area.children, ()
+    for one in old: one.close()
+
+# %% ../../nbs/09_show/05_inspect.ipynb #3708b629
 def inspect(
-    data:str='', features:str='', run:str='' # folders to begin with
+    data:str='', features:str='', run:str='', # folders to begin with
+    layout:Layout=Layout() # where images and masks of the data set are
 ) -> VBox:
     "A form for a data set, a feature store and a run, and what there is to see in them."
-    wide, style = Place(width='620px'), dict(description_width='110px')
-    told = dict(data='folder with images and masks, or TrainDataset and TestDataset', features='folder made by polyp-difom extract', run='folder made by polyp-difom train')
-    fields = {name: Text(str(value), description=label, placeholder=told[name], layout=wide, style=style)
-              for name, label, value in (('data', 'data set', data), ('features', 'feature store', features), ('run', 'run', run))}
-    button, line, area = Button(description='look', button_style='primary'), HTML(), VBox()
-    def look(_=None):
-        line.value = 'looking …'
-        try: area.children = _inspectors(*(field.value.strip() for field in fields.values()))
-        except (InputError, OSError) as error: say_error(line, error)
-        else: say_error(line)
-    button.on_click(look)
-    if data or features or run: look()
-    page = VBox([*fields.values(), button, line, area])
+    asked = dict(data=('data set', data, 'folder with images and masks, or TrainDataset and TestDataset'), features=('feature store', features, 'folder made by polyp-difom extract'),
+                 run=('run', run, 'folder made by polyp-difom train'), options=('options', layout_options(layout), 'of the data set, as --mask-above 0'))
+    fields = {name: Text(str(value), description=label, placeholder=told, layout=Place(width='620px'), style=dict(description_width='110px')) for name, (label, value, told) in asked.items()}
+    page = VBox([*fields.values(), button := Button(description='look', button_style='primary'), line := HTML(), area := VBox()])
     page.fields, page.button, page.line, page.area = fields, button, line, area
+    button.on_click(lambda _: _look(page))
+    if data or features or run: _look(page)
     return page
+
+# %% ../../nbs/09_show/05_inspect.ipynb #fcdf5e4b
+def _look(page:VBox):
+    "Show what the fields name, one after the other, or what is wrong."
+    _clear(page.area)
+    say(page.line, 'looking …')
+    try:
+        for one in _inspectors(**{name: field.value.strip() for name, field in page.fields.items()}): page.area.children += (one,)
+    except Exception as error: # a page has nobody to read a stack
+        _clear(page.area)
+        say_error(page.line, error if isinstance(error, (InputError, OSError)) else f'{type(error).__name__}: {error}')
+    else: say(page.line)

@@ -154,13 +154,15 @@ const short = value => Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-
 function scale(values, from, to, logarithmic, range) {
   const turn = logarithmic ? value => Math.log10(value) : value => value, kept = finite(values).filter(value => !logarithmic || value > 0).map(turn);
   let [low, high] = range ? range.map(turn) : kept.length ? [Math.min(...kept), Math.max(...kept)] : [0, 1];
-  if (low === high) [low, high] = [low - 0.5, high + 0.5];
+  const margin = Math.max(0.5, 1e-6*Math.abs(high));
+  if (high - low <= 1e-12*Math.abs(high)) [low, high] = [low - margin, high + margin]; // one number, or as good as one
   const at = value => from + (turn(value) - low)/(high - low)*(to - from);
   const back = place => low + (place - from)/(to - from)*(high - low);
   const nice = span => [1, 2, 5, 10].map(n => n*10**Math.floor(Math.log10(span))).find(n => n >= span);
   const decades = logarithmic && high - low >= 1, bottom = logarithmic && !decades ? 10**low : low, top = logarithmic && !decades ? 10**high : high;
   const step = decades ? Math.max(1, Math.ceil((high - low)/4)) : nice((top - bottom)/4), ticks = [];
-  for (let tick = Math.ceil(bottom/step - 1e-9)*step; tick <= top + 1e-9*step; tick += step) ticks.push(decades ? 10**tick : Math.abs(tick) < 1e-9*step ? 0 : tick);
+  const first = Math.ceil(bottom/step - 1e-9), count = Math.min(20, Math.floor(top/step + 1e-9) - first + 1);
+  for (let k = 0; k < count; k++) ticks.push(decades ? 10**((first + k)*step) : (first + k)*step);
   return { at, back, ticks, has: value => value !== null && Number.isFinite(value) && (!logarithmic || value > 0) };
 }
 
@@ -187,10 +189,12 @@ function plotPanel(panel, view) {
   const node = make("figure", {}, make("figcaption", { textContent: panel.title ?? "" }));
   const { picture, x, y } = axes(panel, width, height, lines.flatMap(line => line.x), lines.flatMap(line => line.y));
   lines.forEach((line, i) => {
-    const places = line.x.map((value, k) => y.has(line.y[k]) ? `${x.at(value).toFixed(1)},${y.at(line.y[k]).toFixed(1)}` : null), colour = line.colour ?? COLOURS[i % COLOURS.length];
-    const kept = places.filter(place => place);
-    picture.append(draw("polyline", { points: kept.join(" "), fill: "none", stroke: colour, "stroke-width": 1.6, "stroke-dasharray": line.dash ? "5 4" : "none" }));
-    if (kept.length < 2) for (const place of kept) picture.append(draw("circle", { cx: place.split(",")[0], cy: place.split(",")[1], r: 2.5, fill: colour }));
+    const colour = line.colour ?? COLOURS[i % COLOURS.length], stretches = [[]]; // a number that is missing breaks a line
+    line.x.forEach((value, k) => y.has(line.y[k]) ? stretches.at(-1).push(`${x.at(value).toFixed(1)},${y.at(line.y[k]).toFixed(1)}`) : stretches.push([]));
+    for (const places of stretches) {
+      if (places.length > 1) picture.append(draw("polyline", { points: places.join(" "), fill: "none", stroke: colour, "stroke-width": 1.6, "stroke-dasharray": line.dash ? "5 4" : "none" }));
+      if (places.length === 1) picture.append(draw("circle", { cx: places[0].split(",")[0], cy: places[0].split(",")[1], r: 2.5, fill: colour }));
+    }
   });
   node.append(picture, legend(lines.map((line, i) => [line.name, line.colour ?? COLOURS[i % COLOURS.length]])));
   if (!panel.marker) return { node, paint: () => {} };
@@ -248,14 +252,14 @@ function render({ model, el }) {
     if (focused >= 0) el.querySelectorAll("[tabindex='0']")[focused]?.focus();
   };
   const load = async () => { // pictures that did not change are not decoded again
-    const turn = ++latest, images = model.get("images"), decoded = {};
+    const turn = ++latest, images = model.get("images"), number = model.get("chosen"), decoded = {};
     for (const [name, bytes] of Object.entries(images)) {
       const before = known.get(name);
       decoded[name] = before && before.bytes === bytes ? before.canvas : await decode(bytes);
       known.set(name, { bytes, canvas: decoded[name] });
     }
     if (turn !== latest) return;
-    view.decoded = decoded;
+    [view.decoded, view.number] = [decoded, number];
     panels.length ? paint() : build();
     el.dataset.drawn = String(Number(el.dataset.drawn ?? 0) + 1);
   };
@@ -264,8 +268,9 @@ function render({ model, el }) {
     el.tabIndex = 0;
     el.setAttribute("role", "group");
     el.setAttribute("aria-label", `keys: ${model.get("letters").join(", ")}`);
+    model.on("change:chosen", load); // the number of a picture that equals the one before
     el.addEventListener("keydown", event => {
-      if (!event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey && model.get("letters").includes(event.key)) { event.preventDefault(); event.stopPropagation(); view.set("pressed", `${event.key} ${Date.now()}`); }
+      if (!event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey && model.get("letters").includes(event.key)) { event.preventDefault(); event.stopPropagation(); view.set("pressed", `${event.key} ${view.number} ${Date.now()}`); }
     });
   }
   model.on("change:images", load);
