@@ -45,6 +45,7 @@ def _fail(message:str, code:int=1):
 def main():
     "Entry point of `polyp-difom`."
     warnings.simplefilter('ignore', FutureWarning) # notices of libraries to their developers
+    warnings.showwarning = lambda message, *_: _say(f'note: {message}', _errors)
     try: app()
     except SystemExit as end: _fail('interrupted; the same command goes on, or starts again', 130) if end.code == 130 else sys.exit(end.code)
     except MemoryError: _fail('not enough memory')
@@ -304,6 +305,7 @@ def _import(
 
 # %% ../nbs/13_cli.ipynb #2fedc2b7
 _Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace earlier outputs.')]
+_Device = Annotated[Optional[str], typer.Option('--device', help='cuda, cpu …; the fastest there is by default.')]
 
 @app.command('evaluate')
 def _evaluate(
@@ -312,12 +314,13 @@ def _evaluate(
     predictions:Annotated[Optional[Path], typer.Option(help='Instead of a run: a folder of saved 8-bit maps, with --masks, their masks of the same stems.')]=None,
     json_file:Annotated[Optional[Path], typer.Option('--json', help='Write the numbers there, too.')]=None,
     overwrite:_Overwrite=False,
+    device:_Device=None,
     images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None, mask_above:AboveOption=128,
 ):
     "Score a run on every test set, or a folder of saved maps, by the PraNet protocol, beside the published figures."
     if json_file: _check_json(json_file, overwrite)
     if predictions: report = _score_maps(run, predictions, masks, mask_above)
-    else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above))
+    else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above), device)
     if json_file:
         from polyp_difom.core import atomic_path
         with atomic_path(json_file) as path: path.write_text(json.dumps(report, indent=1))
@@ -339,13 +342,16 @@ def _score_maps(run, predictions, masks, above) -> dict:
     return report
 
 # %% ../nbs/13_cli.ipynb #c40887be
-def _score_run(run, data, layout) -> dict:
+def _score_run(run, data, layout, device) -> dict:
     "Score a run and print the table."
     if not (run and data): raise typer.BadParameter('give RUN DATA, or --predictions and --masks')
-    from polyp_difom.evaluation.benchmark import evaluate
+    from polyp_difom.evaluation.benchmark import SeenFrames, evaluate
     from polyp_difom.evaluation.report import report_note, report_rows
-    report = evaluate(run, data, layout)
-    _print_table(list(zip(*report_rows(report))), report_note(report))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SeenFrames) # the note says so
+        report = evaluate(run, data, layout, device=device)
+    _say(report_note(report))
+    _print_table(list(zip(*report_rows(report))))
     _say(f'pictures and scores of every image: {run/"evaluation"}')
     return report
 
@@ -384,10 +390,11 @@ def _predict(
     threshold:Annotated[Optional[float], typer.Option(help='Write masks of probability >= THRESHOLD instead of probabilities; 0 to 1.')]=None,
     overlay:Annotated[bool, typer.Option('--overlay', help='Write the pictures with the polyp drawn in.')]=False,
     overwrite:_Overwrite=False,
+    device:_Device=None,
 ):
     "Write a map of polyp probability (0 to 255) for every picture, at its own size."
     from polyp_difom.deploy.predictor import predict_files
-    written = predict_files(run, source, out, threshold=threshold, overlay=overlay, overwrite=overwrite)
+    written = predict_files(run, source, out, threshold=threshold, overlay=overlay, overwrite=overwrite, device=device)
     what = 'overlays' if overlay else 'maps' if threshold is None else 'masks'
     _say(f'{len(written)} {what} in {out}')
 

@@ -181,7 +181,8 @@ def progress(
     **options # of tqdm, as `total`
 ): # an iterable, and a context manager
     "A progress bar."
-    return tqdm(items, desc=description, unit=unit, **dict(leave=False, disable=bool(os.environ.get('TQDM_DISABLE'))) | options)
+    off = os.environ.get('TQDM_DISABLE') or os.environ.get('SERVER_SOFTWARE', '').startswith('voila') # a page keeps what is left of a bar
+    return tqdm(items, desc=description, unit=unit, **dict(leave=False, disable=bool(off)) | options)
 
 # %% ../nbs/00_core.ipynb #c4bac0b0
 def parallel_map(

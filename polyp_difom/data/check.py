@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import InputError, name_some, parallel_map, read_bytes
-from .images import Layout, MaskError, Pair, guess_layout, layout_advice, orientation, pair_up, read_image, read_mask, test_folders, train_folder
+from .images import Layout, MaskError, Pair, guess_layout, is_picture, layout_advice, orientation, pair_up, read_image, read_mask, test_folders, train_folder
 
 # %% ../../nbs/01_data/02_check.ipynb #643d4324
 @dataclass(frozen=True)
@@ -123,11 +123,18 @@ def _check_pair(pair:Pair, above:int=128) -> _Seen:
     return _Seen(problems, *((_content_hash(image), _perceptual_hash(image), image.size) if image else (None, None, None)), area)
 
 # %% ../../nbs/01_data/02_check.ipynb #69e065b1
+def _deeper_problem(folder:Path, pairs:list) -> list:
+    "A note on pictures in subfolders, which nothing pairs."
+    used = {path.parent for pair in pairs for path in pair}
+    deeper = [path for top in used for path in top.rglob('*') if path.parent not in used and is_picture(path.name)]
+    if not deeper: return []
+    return [Problem('pictures in subfolders', folder, f'{len(deeper)} in {name_some(sorted({str(path.parent.relative_to(folder)) for path in deeper}), 3)} are not looked at; move them up, or name their folders (--images, --masks)', 'note')]
+
 def _pairing_problems(folder:Path, layout:Layout, pairs:list, lonely_images:list, lonely_masks:list) -> list:
     "Pictures without partner; the layout, if it is the cause."
     problems = [Problem('image without mask', path, 'add the mask or remove the image') for path in lonely_images]
     problems += [Problem('mask without image', path, 'add the image or remove the mask') for path in lonely_masks]
-    if pairs: return problems
+    if pairs: return problems + _deeper_problem(folder, pairs)
     guess = guess_layout(folder)
     return [Problem('empty data set', folder, layout_advice(folder) if guess and guess != layout else 'no pair of image and mask'), *problems]
 

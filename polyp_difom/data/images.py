@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'decisions', 'open_image', 'orientation', 'read_image', 'MaskError', 'read_mask',
-           'Layout', 'find_images', 'Pair', 'read_truth', 'pair_fault', 'pair_up', 'is_mask_folder', 'guess_layout',
-           'find_coco', 'layout_options', 'read_layout', 'layout_advice', 'list_pairs', 'train_folder', 'train_pairs',
-           'test_folders', 'test_sets', 'all_pairs', 'read_decisions', 'changed_frames', 'accepted_frames',
-           'record_decision', 'list_images', 'to_picture']
+           'Layout', 'is_picture', 'find_images', 'Pair', 'read_truth', 'pair_fault', 'pair_up', 'is_mask_folder',
+           'guess_layout', 'find_coco', 'layout_options', 'read_layout', 'layout_advice', 'list_pairs', 'train_folder',
+           'train_pairs', 'test_folders', 'test_sets', 'all_pairs', 'read_decisions', 'changed_frames',
+           'accepted_frames', 'record_decision', 'list_images', 'to_picture']
 
 # %% ../../nbs/01_data/01_images.ipynb #629b695f
 import csv, os, re, shlex
@@ -193,7 +193,7 @@ class Layout:
         if self.mask_above not in range(255): raise InputError(f'--mask-above {self.mask_above}: choose a grey value of 0 to 254')
 
 # %% ../../nbs/01_data/01_images.ipynb #1de32964
-def _is_picture(name:str) -> bool: return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith('.')
+def is_picture(name:str) -> bool: return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith('.')
 
 def _listing(folder) -> list:
     "What is in a folder, sorted. Raises `InputError` if it cannot be listed."
@@ -201,7 +201,7 @@ def _listing(folder) -> list:
     except (FileNotFoundError, NotADirectoryError): raise InputError(f'{folder}: no such folder') from None
     except OSError as error: raise InputError(f'{folder}: cannot be read ({error.strerror})') from None
 
-def _pictures(folder) -> list: return [path for path in _listing(folder) if _is_picture(path.name)]
+def _pictures(folder) -> list: return [path for path in _listing(folder) if is_picture(path.name)]
 
 # %% ../../nbs/01_data/01_images.ipynb #9299784c
 def find_images(
@@ -461,7 +461,7 @@ _MASK_ENDINGS = ('_mask', '-mask', '_gt', '_segmentation', '_seg', '_label')
 
 def _without_masks(names:list, layout:Layout) -> list:
     "Files of a folder, by path in it, that are pictures and no masks."
-    pictures = [name for name in names if _is_picture(name) and not any(part.startswith('.') or is_mask_folder(part) for part in name.split('/')[:-1])]
+    pictures = [name for name in names if is_picture(name) and not any(part.startswith('.') or is_mask_folder(part) for part in name.split('/')[:-1])]
     if layout.mask_suffix: return [name for name in pictures if not _image_stem(Path(name), layout.mask_suffix)]
     stems = {name.rsplit('.', 1)[0] for name in pictures}
     is_mask = lambda stem: any(stem.endswith(ending) and stem[:-len(ending)] in stems for ending in _MASK_ENDINGS)

@@ -197,12 +197,13 @@ def predict_files(
     threshold:float=None, # in 0..1: write masks of probability >= threshold instead of maps
     overlay:bool=False, # draw the mask onto the picture; the threshold is 0.5 if None
     overwrite:bool=False, # replace what is in `out`
-    student=None # for a network that is not in the registry
+    student=None, # for a network that is not in the registry
+    device=None # fastest there is if None
 ) -> list: # paths of the PNG files
     "Predict pictures to PNG files. Raises `InputError` at the end, naming pictures that did not decode."
     if threshold is not None and not 0 <= threshold <= 1: raise InputError(f'threshold {threshold}: give a probability, 0 to 1')
     if overlay and threshold is None: threshold = 0.5
-    out, predictor = Path(out), load_predictor(run, student)
+    out, predictor = Path(out), load_predictor(run, student, device)
     paths, names = _find_pictures(source, out)
     outputs = [out/name for name in _output_names(names)]
     _refuse_overwriting(paths, outputs, out, overwrite)

@@ -438,7 +438,7 @@ def summary_lines(
     minutes, seconds = divmod(round(config['seconds']), 60)
     data = Path(config['data'])
     next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {layout_options(Layout(**config["settings"]["layout"]))}'.rstrip() if (data/'TestDataset').is_dir() else
-                 f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA')
+                 f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA (polyp-difom convert --test 0.2 keeps a part of a folder for that)')
     return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', next_step]
 
 # %% ../../nbs/07_training/04_runs.ipynb #2c56c6c5
