@@ -117,6 +117,17 @@ _unetpp_keys = [
 
 published_networks['polypdifom_unetpp'] = PublishedNetwork(PublishedUNetPlusPlus, _unetpp_keys)
 
+# %% ../nbs/11_published.ipynb #d3e0602e
+_meganet_keys = [
+    (r'^encoder\.(conv|bn)1', r'encoder1_\1'), (r'^encoder\.layer(\d)', _next('encoder{}')), (r'^reduce\.(\d)', _next('x{}_dem_1')),
+    (r'^up\.4', 'up5.0.conv'), (r'^up\.(\d)\.([0134])', lambda m: f'up{int(m[1]) + 1}.conv.{int(m[2])//3}.conv.{int(m[2])%3}'),
+    (r'^heads\.(\d)\.0', _next('out{}.conv1.conv')), (r'^heads\.(\d)\.1', _next('out{}.conv2')),
+    (r'^guide\.(\d)', _next('ega{}')), (r'\.fuse\.', '.fusion_conv.'), (r'\.mask\.', '.attention.'),
+    (r'attend\.channels\.(\d)', _next('cbam.ChannelGate.mlp.{}')), (r'attend\.places', 'cbam.SpatialGate.spatial'), ('^', 'net.')]
+
+published_networks['meganet'] = PublishedNetwork(partial(create_student, 'meganet', pretrained=False), _meganet_keys)
+published_networks['meganet_r34'] = PublishedNetwork(partial(create_student, 'meganet', backbone='resnet34', pretrained=False), _meganet_keys)
+
 # %% ../nbs/11_published.ipynb #0bf13f75
 def _read_published(weights) -> dict: # key -> tensor
     "The tensors of a checkpoint, without what wrappers and profilers add."
@@ -165,6 +176,7 @@ def import_published(
     "Make a run of a published checkpoint, for `evaluate` and `predict_files`. Raises `InputError`."
     out, net = Path(out), _as_student(load_published(name, weights, **options))
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f'{out}: exists already; choose another --out')
+    options = {key: value for key, value in net.config['options'].items() if key != 'pretrained'} # with those of the published form
     settings = dict(student=net.config['name'], options=options, distilled=False, size=size, epochs=[0, 0, 0], seed=None, published=name)
     origin = dict(weights=printable(weights), weights_hash=file_hash(weights).hex(), versions=dict(polyp_difom=__version__, torch=torch.__version__))
     with disk_full_error(out):
