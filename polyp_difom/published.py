@@ -128,6 +128,20 @@ _meganet_keys = [
 published_networks['meganet'] = PublishedNetwork(partial(create_student, 'meganet', pretrained=False), _meganet_keys)
 published_networks['meganet_r34'] = PublishedNetwork(partial(create_student, 'meganet', backbone='resnet34', pretrained=False), _meganet_keys)
 
+# %% ../nbs/11_published.ipynb #d69dffcf
+def _scale_and_stream(name): return lambda match: f'{name}{match[2]}{int(match[1]) + 1}' # our streams start at 0, theirs at 1
+
+_cfanet_keys = [
+    (r'^encoder\.', 'resnet.'), (r'^outline\.reduce\.', 'layer'), (r'^outline\.join\.gates\.(\d)', _next('low_fusion.gate_{}')),
+    (r'^outline\.up\.', 'layer_edge'), (r'^outline\.head', 'layer_edge3.0'), (r'^outline\.attend\.0', 'atten_edge_ori'),
+    (r'^outline\.attend\.(\d)', lambda m: f'atten_edge_{int(m[1]) - 1}'),
+    (r'^fuse\.(\d)', _next('high_fusion{}')), (r'\.first\.', '.layer0.'), (r'\.second\.', '.layer1.'), (r'\.near\.(\d)', _next('.layer3_{}')),
+    (r'\.far\.(\d)', _next('.layer5_{}')), (r'\.out\.', '.layer_out.'),
+    (r'^streams\.(\d)\.blocks\.(\d)', _scale_and_stream('cat_')), (r'^streams\.(\d)\.up\.(\d)', _scale_and_stream('layer_hig')),
+    (r'^streams\.(\d)\.head', _next('layer_hig3{}.0')), (r'\.mix\.', '.conv_layer.'), (r'\.weigh\.', '.global_att.global_att.'), (r'^head', 'layer_fil.0')]
+
+published_networks['cfanet'] = PublishedNetwork(partial(create_student, 'cfanet', pretrained=False), _cfanet_keys, r'^layer_cat')
+
 # %% ../nbs/11_published.ipynb #0bf13f75
 def _read_published(weights) -> dict: # key -> tensor
     "The tensors of a checkpoint, without what wrappers and profilers add."

@@ -1,4 +1,4 @@
-"MEGANet on every road: a step, a run with and without distillation, a file, ONNX."
+"MEGANet and CFA-Net on every road: a step, a run with and without distillation, a file, ONNX."
 import json
 
 import pytest
@@ -9,11 +9,11 @@ from polyp_difom.deploy.export import export_onnx
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.students.blocks import encoder_parameters
 from polyp_difom.students.registry import create_student
-from polyp_difom.training.boundary import meganet_loss
+from polyp_difom.training.boundary import cfanet_loss, meganet_loss
 from polyp_difom.training.losses import output_loss
 from polyp_difom.training.runs import train
 
-SMALL = {'meganet,backbone=resnet18': meganet_loss}
+SMALL = {'meganet,backbone=resnet18': meganet_loss, 'cfanet,width=8': cfanet_loss}
 
 
 def make(spec):

@@ -16,7 +16,8 @@ from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load
 from polyp_difom.students.registry import create_student
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')/'parity'
-FILES = ['pranet_w0_s352_x100', 'emcadnet_pvt_v2_b2_w0_s352_x100', 'polypdifom_unetpp_w0_s352_x100', 'meganet_w0_s352_x100', 'meganet_r34_w0_s352_x100']
+FILES = ['pranet_w0_s352_x100', 'emcadnet_pvt_v2_b2_w0_s352_x100', 'polypdifom_unetpp_w0_s352_x100', 'meganet_w0_s352_x100', 'meganet_r34_w0_s352_x100',
+         'cfanet_w0_s352_x100', 'cfanet_w4_s352_x104']
 NETWORKS = list(dict.fromkeys(re.match(r'(.+)_w\d', file)[1] for file in FILES))
 
 

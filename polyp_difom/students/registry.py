@@ -16,6 +16,7 @@ import polyp_difom.students.pranet
 import polyp_difom.students.emcad
 import polyp_difom.students.timm_unet
 import polyp_difom.students.meganet
+import polyp_difom.students.cfanet
 import polyp_difom.students.sam_mamba
 from ..core import InputError, check_options, nearest, parse_spec
 from .blocks import Student, student_registry, try_network
