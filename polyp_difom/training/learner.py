@@ -25,6 +25,7 @@ from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
+import polyp_difom.training.boundary # each import adds losses of networks
 from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
 from .teaching import HeadroomWatch
 
