@@ -10,7 +10,7 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "polyp_difom needs Python 3.10 or newer: make PYTHON=python3.11 install")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev,tensorboard]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --config-settings editable_mode=compat --python $(BIN)/python --editable '.[dev,tensorboard]'
 	touch $@
 
 demo: install

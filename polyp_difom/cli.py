@@ -272,6 +272,10 @@ def _given(context:typer.Context) -> dict:
     "The arguments and options that were given."
     return {name: value for name, value in context.params.items() if context.get_parameter_source(name).name == 'COMMANDLINE'}
 
+def _on_cpu(device) -> bool:
+    from polyp_difom.core import find_device
+    return find_device(device).type == 'cpu'
+
 def _train_new(given:dict):
     "A new run."
     from polyp_difom.training.runs import train
@@ -279,6 +283,7 @@ def _train_new(given:dict):
         if name not in given: raise typer.BadParameter('give DATA and --out RUN, or --resume RUN')
     weights, without = given.pop('backbone_weights', None), given.pop('no_pretrained', False)
     if weights and without: raise typer.BadParameter('give --backbone-weights or --no-pretrained, not both')
+    if given.get('size', 352) >= 256 and _on_cpu(given.get('device')): _say('note: no GPU: this may take days; smaller, to see it work: --student unet,width=8 --size 96 --batch-size 8 --epochs 4 8 0 --steps 20 --lr 8e-3', _errors)
     return train(**given, pretrained=weights or not without)
 
 def _resume(given:dict):
@@ -395,8 +400,8 @@ def _predict(
     "Write a map of polyp probability (0 to 255) for every picture, at its own size."
     from polyp_difom.deploy.predictor import predict_files
     written = predict_files(run, source, out, threshold=threshold, overlay=overlay, overwrite=overwrite, device=device)
-    what = 'overlays' if overlay else 'maps' if threshold is None else 'masks'
-    _say(f'{len(written)} {what} in {out}')
+    what = 'overlay' if overlay else 'map' if threshold is None else 'mask'
+    _say(f'{len(written)} {what}{"s"*(len(written) != 1)} in {out}')
 
 # %% ../nbs/13_cli.ipynb #c6a6bace
 @app.command('export')
