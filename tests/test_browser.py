@@ -1,4 +1,5 @@
 "What people see: the page of `nbs/apps/inspect.ipynb`, served by Voila and looked at in Chromium."
+import base64
 import json
 import os
 import shutil
@@ -24,9 +25,11 @@ def free_port():
 
 @pytest.fixture(scope='module')
 def served(tmp_path_factory):
-    "The address of the page."
+    "The address of pages, and the folder of their notebooks."
     port, log = free_port(), tmp_path_factory.mktemp('voila')/'log'
-    command = [sys.executable, '-m', 'voila', ROOT/'nbs'/'apps'/'inspect.ipynb', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']"]
+    notebooks = tmp_path_factory.mktemp('notebooks')
+    shutil.copy(ROOT/'nbs'/'apps'/'inspect.ipynb', notebooks)
+    command = [sys.executable, '-m', 'voila', notebooks, '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']"]
     with open(log, 'w') as said:
         process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said, env=os.environ | dict(POLYP_DIFOM_STATIC=''), cwd=ROOT)
         try:
@@ -36,7 +39,7 @@ def served(tmp_path_factory):
                 except OSError: time.sleep(.25)
                 else: break
                 assert process.poll() is None, log.read_text()
-            yield f'http://127.0.0.1:{port}/'
+            yield f'http://127.0.0.1:{port}/voila/render/', notebooks
         finally:
             process.terminate()
             process.wait(20)
@@ -52,16 +55,22 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, served):
-    "The form, and what the console says."
+def tab(browser):
+    "An empty page, and what its console says."
     page = browser.new_page(viewport=dict(width=1500, height=1100))
     page.faults = []
     page.on('pageerror', lambda error: page.faults.append(str(error)))
     page.on('console', lambda message: page.faults.append(message.text) if message.type == 'error' and not message.text.startswith('Failed to load resource') else None) # fonts and MathJax, where there is no net
-    page.goto(served, timeout=120_000)
-    page.get_by_role('button', name='look').wait_for(timeout=120_000)
     yield page
     page.close()
+
+
+@pytest.fixture
+def page(tab, served):
+    "The form."
+    tab.goto(f'{served[0]}inspect.ipynb', timeout=120_000)
+    tab.get_by_role('button', name='look').wait_for(timeout=120_000)
+    return tab
 
 
 @pytest.fixture(scope='module')
@@ -147,6 +156,38 @@ def test_a_mistake_is_a_sentence(page, data, tmp_path):
         alert.wait_for(timeout=30_000)
         assert 'Traceback' not in page.content()
     assert page.faults == []
+
+
+def test_a_click_on_a_dot_shows_its_image(tab, served, run, data):
+    import nbformat
+    text = f'import os\nos.environ["TQDM_DISABLE"] = "1" # bars that are closed before the page is there\nfrom polyp_difom.all import compare\ncompare(dict(one={str(run)!r}, two={str(run)!r}), {str(data)!r})'
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)]), served[1]/'compare.ipynb')
+    tab.goto(f'{served[0]}compare.ipynb', timeout=120_000)
+    figure(tab, '00000.png').wait_for(timeout=120_000)
+    assert settled(tab, lambda: len(pixels(tab, '00000.png')) > 4)
+    before = pixels(tab, '00000.png')
+    tab.locator('.polyp-difom circle').nth(2).click(force=True)
+    figure(tab, '00002.png').wait_for(timeout=20_000)
+    assert settled(tab, lambda: len(pixels(tab, '00002.png')) > 4 and pixels(tab, '00002.png') != before)
+    assert tab.faults == []
+
+
+def drawn(tab, **panel):
+    "A panel, drawn by the view alone."
+    code = 'data:text/javascript;base64,' + base64.b64encode((ROOT/'polyp_difom'/'show'/'view.js').read_bytes()).decode()
+    state = dict(panels=[panel], images={}, notes={}, threshold=.5, curtain=.5, marker=.3, chosen=0, width=200, letters=[])
+    tab.evaluate("""async ([code, state]) => {
+        const el = document.body.appendChild(document.createElement('div'));
+        (await import(code)).default.render({ el, model: { get: name => state[name], on() {}, set() {}, save_changes() {} } });
+    }""", [code, state])
+    return tab.locator('.polyp-difom').last
+
+
+def test_a_loss_that_is_nan_is_a_gap(tab):
+    plot = drawn(tab, kind='plot', lines=[dict(name='loss', x=[1, 2, 3, 4, 5, 6, 7], y=[1, 1, None, 9, 9, None, 2])])
+    assert plot.locator('polyline').count() == 2 and plot.locator('circle').count() == 1
+    plot = drawn(tab, kind='plot', lines=[dict(name='huge', x=[1, 2], y=[1e17, 1e17 + 16])]) # their distance is below what numbers tell apart
+    assert plot.locator('polyline').count() == 1 and tab.faults == []
 
 
 @pytest.fixture(scope='module')

@@ -222,7 +222,7 @@ def test_a_run_that_cannot_be_written_to_is_named_before_anything_is_scored(run,
 
 
 def test_a_model_that_predicts_nan_is_not_scored(run, tests, monkeypatch):
-    monkeypatch.setattr(benchmark, 'predict', lambda model, image, size: np.full(image.size[::-1], np.nan, np.float32))
+    monkeypatch.setattr('polyp_difom.model.model.predict_logits', lambda model, image, size: torch.full((size, size), torch.nan))
     with pytest.raises(InputError, match=r'a\.png: the prediction is NaN'): evaluate(run, tests)
     assert not (run/'evaluation/report.json').exists()
 
