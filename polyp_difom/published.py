@@ -84,28 +84,72 @@ def published_key(
     return key
 
 # %% ../nbs/11_published.ipynb #c079190b
-_pranet_keys = [
+_partial_decoder_keys = [(r'^(partial_decoder)\.up', r'\1.conv_upsample'), (r'^(partial_decoder)\.join', r'\1.conv_concat'), (r'^(partial_decoder)\.last', r'\1.conv4')]
+
+_pranet_keys = [*_partial_decoder_keys,
     (r'^encoder\.', 'resnet.'),
     (r'^(rfb\d)', r'\1_1'), (r'branches\.', 'branch'), ('merge', 'conv_cat'), ('shortcut', 'conv_res'),
     (r'^reverse(\d)\.convs\.(\d)', lambda m: f'ra{m[1]}_conv{int(m[2]) + 1}'),
-    (r'^partial_decoder\.', 'agg1.'), (r'agg1\.up', 'agg1.conv_upsample'), (r'agg1\.join', 'agg1.conv_concat'),
-    (r'agg1\.last', 'agg1.conv4'), (r'^head', 'agg1.conv5')]
+    (r'^partial_decoder', 'agg1'), (r'^head', 'agg1.conv5')]
 
 published_networks['pranet'] = PublishedNetwork(partial(create_student, 'pranet', pretrained=False), _pranet_keys, r'^resnet\.fc\.')
 
 # %% ../nbs/11_published.ipynb #6476770d
 def _next(template): return lambda match: template.format(int(match[1]) + 1) # our numbers start at 0, theirs at 1
 
-_emcad_keys = [
+_pvt_keys = [
     (r'^encoder\.patch_embed', 'backbone.patch_embed1'), (r'^encoder\.stages_(\d)\.downsample', _next('backbone.patch_embed{}')),
     (r'^encoder\.stages_(\d)\.blocks', _next('backbone.block{}')), (r'^encoder\.stages_(\d)\.norm', _next('backbone.norm{}')),
-    (r'mlp\.dwconv', 'mlp.dwconv.dwconv'), (r'^heads\.(\d)', _next('out_head{}')),
+    (r'mlp\.dwconv', 'mlp.dwconv.dwconv')]
+_gate_keys = [(r'^(gate\.\d)\.deep\.', r'\1.W_g.'), (r'^(gate\.\d)\.skip\.', r'\1.W_x.'), (r'^(gate\.\d)\.weight\.(?=\d)', r'\1.psi.')]
+
+_emcad_keys = [*_pvt_keys, *_gate_keys, (r'^heads\.(\d)', _next('out_head{}')),
     (r'^channel_attention\.(\d)', _next('decoder.cab{}')), (r'^spatial_attention', 'decoder.sab'),
     (r'^multiscale\.(\d)', _next('decoder.mscb{}.0')), ('expand', 'pconv1'), ('scales', 'msdc.dwconvs'), ('project', 'pconv2'),
     (r'^up\.(\d)', _next('decoder.eucb{}')), ('depthwise', 'up_dwc'), ('pointwise', 'pwc.0'),
-    (r'^gate\.(\d)', _next('decoder.lgag{}')), (r'\.deep\.', '.W_g.'), (r'\.skip\.', '.W_x.'), (r'\.weight\.(?=\d)', '.psi.')]
+    (r'^gate\.(\d)', _next('decoder.lgag{}'))]
 
 published_networks['emcadnet_pvt_v2_b2'] = PublishedNetwork(partial(create_student, 'emcadnet', pretrained=False), _emcad_keys, r'^conv\.')
+
+# %% ../nbs/11_published.ipynb #c25dce42
+_polyp_pvt_keys = [*_pvt_keys, *_partial_decoder_keys, (r'^partial_decoder', 'CFM'), (r'^reduce(\d)', r'Translayer\1_1'), (r'^details\.reduce', 'Translayer2_0'),
+    (r'^details\.channel_attention', 'ca'), (r'^details\.spatial_attention\.conv', 'sa.conv1'),
+    (r'^aggregate\.(state|extend)', r'SAM.conv_\1'), (r'^aggregate\.project', 'SAM.conv_proj'),
+    (r'^aggregate\.graph\.mix_nodes', 'SAM.gcn.conv1'), (r'^aggregate\.graph\.mix_channels', 'SAM.gcn.conv2'), (r'^heads\.0', 'out_CFM'), (r'^heads\.1', 'out_SAM')]
+
+published_networks['polyp_pvt'] = PublishedNetwork(partial(create_student, 'polyp_pvt', pretrained=False), _polyp_pvt_keys)
+
+# %% ../nbs/11_published.ipynb #e161c421
+_pvt_cascade_keys = [*_pvt_keys, *_gate_keys, (r'^channel_attention\.(\d)', _next('decoder.CA{}')), (r'^spatial_attention\.conv', 'decoder.SA.conv1'),
+    (r'^convs\.(\d)', _next('decoder.ConvBlock{}.conv')), (r'^up\.(\d)', _next('decoder.Up{}.up')), (r'^gate\.(\d)', _next('decoder.AG{}')),
+    (r'^first', 'decoder.Conv_1x1'), (r'^heads\.(\d)', lambda match: f'out_head{4 - int(match[1])}')]
+
+published_networks['pvt_cascade'] = PublishedNetwork(partial(create_student, 'pvt_cascade', pretrained=False), _pvt_cascade_keys, r'^conv\.')
+
+# %% ../nbs/11_published.ipynb #b1b51a60
+_ctnet_keys = [*_pvt_keys, (r'^reduce\.(\d)', _next('Translayer{}')), (r'^contrast\.', 'contrasthead.pro.'), (r'^interact\.', 'Smim.'),
+    (r'high(\d)\.convs\.0', r'h2h_\1'), (r'high(\d)\.convs\.1', r'l2h_\1'), (r'low0\.convs\.0', 'h2l_0'), (r'low1\.convs\.0', 'l2l_1'), (r'low1\.convs\.1', 'h2l_1'),
+    (r'(high|low)(\d)\.norm', lambda match: f'bn{match[1][0]}_{match[2]}'), (r'^up\.', 'uper.'), (r'^collect\.up', 'cim.uper'), (r'^head\.', 'prediction.')]
+
+published_networks['ctnet'] = PublishedNetwork(partial(create_student, 'ctnet', pretrained=False), _ctnet_keys)
+
+# %% ../nbs/11_published.ipynb #1d9b5f7f
+_sanet_keys = [(r'^encoder\.', 'bkbone.'), (r'^reduce', 'linear'), (r'^head', 'predict')]
+
+published_networks['sanet'] = PublishedNetwork(partial(create_student, 'sanet', pretrained=False), _sanet_keys)
+
+# %% ../nbs/11_published.ipynb #2ba7da90
+_msnet_keys = [
+    (r'^encoder\.', 'resnet.'), (r'^reduce\.(\d)', r'x\1_dem_1'), (r'^start', 'x5_dem_5'), (r'^before_last', 'x5_dem_4'),
+    (r'^units\.([\d_]+)', lambda m: '_'.join(f'x{level}' for level in m[1].split('_'))),
+    (r'^levels\.', 'level'), (r'^outputs\.', 'output'), (r'^head', 'output1.0')]
+
+published_networks['msnet'] = PublishedNetwork(partial(create_student, 'msnet', pretrained=False), _msnet_keys, r'^resnet\.fc\.')
+
+# %% ../nbs/11_published.ipynb #f9f16118
+_m2snet_keys = [*_msnet_keys, (r'^box(\d)', r'conv_\1')]
+
+published_networks['m2snet'] = PublishedNetwork(partial(create_student, 'm2snet', pretrained=False), _m2snet_keys, r'^resnet\.fc\.')
 
 # %% ../nbs/11_published.ipynb #668974c0
 _in_node = dict(zip('0134', ('conv1', 'bn1', 'conv2', 'bn2')))

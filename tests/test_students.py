@@ -22,7 +22,7 @@ from polyp_difom.training.learner import difom_learner
 from polyp_difom.training.runs import train
 
 SMALL = {'unet': dict(width=4), 'unetpp': dict(width=4), 'pranet': dict(width=8), 'emcadnet': dict(backbone='pvt_v2_b0'), 'timm-unet': dict(backbone='test_efficientnet', width=8),
-         'meganet': dict(backbone='resnet18'), 'cfanet': dict(width=8),
+         'sanet': {}, 'msnet': {}, 'm2snet': {}, 'polyp_pvt': dict(backbone='pvt_v2_b0', width=8), 'pvt_cascade': dict(backbone='pvt_v2_b0'), 'ctnet': dict(backbone='mit_b0', width=8), 'meganet': dict(backbone='resnet18'), 'cfanet': dict(width=8),
          'sam_mamba': dict(variant='tiny', image_size=64, prior_width=4, adapter_width=16),
          'smp/DPT-tu-vit_tiny_patch16_224': dict(decoder_intermediate_channels=(16, 32, 64, 64), decoder_fusion_channels=16)}
 SMP = ['smp/Unet-resnet18', 'smp/UnetPlusPlus-tu-mobilenetv3_small_050', 'smp/FPN-mit_b0', 'smp/DeepLabV3Plus-resnet18', 'smp/MAnet-resnet18',

@@ -15,6 +15,12 @@ import polyp_difom.students.unetpp
 import polyp_difom.students.pranet
 import polyp_difom.students.emcad
 import polyp_difom.students.timm_unet
+import polyp_difom.students.sanet
+import polyp_difom.students.msnet
+import polyp_difom.students.m2snet
+import polyp_difom.students.polyp_pvt
+import polyp_difom.students.pvt_cascade
+import polyp_difom.students.ctnet
 import polyp_difom.students.meganet
 import polyp_difom.students.cfanet
 import polyp_difom.students.sam_mamba

@@ -25,7 +25,8 @@ from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
 from .losses import OutputLoss, losses
-import polyp_difom.training.boundary # each import adds losses of networks
+import polyp_difom.training.contrastive # each import adds losses of networks
+import polyp_difom.training.boundary
 from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
 from .teaching import HeadroomWatch
 
