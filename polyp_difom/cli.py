@@ -297,7 +297,7 @@ def _resume(given:dict):
 # %% ../nbs/13_cli.ipynb #b21a88a0
 @app.command('import')
 def _import(
-    network:Annotated[str, typer.Argument(help='pranet, emcadnet_pvt_v2_b2 or polypdifom_unetpp.')],
+    network:Annotated[str, typer.Argument(help='pranet, emcadnet_pvt_v2_b2, polypdifom_unetpp, sanet, msnet, m2snet, polyp_pvt, pvt_cascade, ctnet, meganet, meganet_r34 or cfanet.')],
     weights:Annotated[Path, typer.Argument(help='Checkpoint that its authors published.')],
     out:Annotated[Path, typer.Option(help='Folder of the run to make.')],
     size:Annotated[int, typer.Option(help='What it was trained at, in pixels.', min=32, max=4096)]=352,
