@@ -118,12 +118,14 @@ function picturePanel(panel, view) {
   return { node, paint };
 }
 
-function legend(entries) {
-  return make("div", { className: "legend" }, ...entries.map(([name, colour]) => {
+function legend(entries, width = 340) {
+  const node = make("div", { className: "legend" }, ...entries.map(([name, colour, dash]) => {
     const patch = make("span", { className: "patch" });
-    patch.style.background = colour;
+    patch.style.background = dash ? `repeating-linear-gradient(90deg, ${colour} 0 3px, white 3px 5px)` : colour;
     return make("span", {}, patch, ` ${name}`);
   }));
+  node.style.maxWidth = `${width}px`;
+  return node;
 }
 
 function curtainPanel(panel, view) {
@@ -196,7 +198,7 @@ function plotPanel(panel, view) {
       if (places.length === 1) picture.append(draw("circle", { cx: places[0].split(",")[0], cy: places[0].split(",")[1], r: 2.5, fill: colour }));
     }
   });
-  node.append(picture, legend(lines.map((line, i) => [line.name, line.colour ?? COLOURS[i % COLOURS.length]])));
+  node.append(picture, legend(lines.map((line, i) => [line.name, line.colour ?? COLOURS[i % COLOURS.length], line.dash]), width));
   if (!panel.marker) return { node, paint: () => {} };
   const bar = draw("line", { y1: FRAME.top, y2: height - FRAME.bottom, stroke: "#D55E00", "stroke-width": 3 }), value = draw("text", { y: FRAME.top - 4, "text-anchor": "middle", fill: "#B34700" });
   picture.append(bar, value);

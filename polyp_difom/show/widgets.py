@@ -426,6 +426,8 @@ _log_panels = (('segmentation loss', False, dict(seg='training', valid_loss='val
                ('learning rate', True, dict(lr='learning rate')), ('R² on held-out images', False, dict(r2_l1='L1', mean_r2_l1='mean map, LFC', r2_l2='L2', mean_r2_l2='mean map, HFC')),
                ('standard deviation of the targets', False, dict(std_l1='LFC', std_l2='HFC')), ('Dice on validation images', False, dict(valid_dice='student', teacher_dice='teacher')))
 _phase_colours = {1: '#999999', 2: '#0072B2', 3: '#009E73'}
+_low, _high = '#0072B2', '#D55E00' # what belongs to LFC, and to HFC, in every panel
+_line_colours = dict(l1=_low, r2_l1=_low, mean_r2_l1=_low, std_l1=_low, l2=_high, r2_l2=_high, mean_r2_l2=_high, std_l2=_high, soft='#009E73')
 
 def _numbers(column) -> list: return [float(value) if np.isfinite(value) else None for value in column]
 
@@ -436,7 +438,7 @@ def log_panels(
     bands = [dict(**{'from': float(epochs.min()) - .5, 'to': float(epochs.max()) + .5}, label='I'*int(phase), colour=_phase_colours[int(phase)]) for phase, epochs in log.groupby('phase').epoch]
     found = []
     for title, logarithmic, columns in _log_panels:
-        lines = [dict(name=name, x=_numbers(log.epoch), y=_numbers(log[column]), dash=column.startswith('mean_')) for column, name in columns.items() if column in log]
+        lines = [dict(name=name, x=_numbers(log.epoch), y=_numbers(log[column]), dash=column.startswith('mean_'), **(dict(colour=_line_colours[column]) if column in _line_colours else {})) for column, name in columns.items() if column in log]
         if lines: found.append(dict(kind='plot', title=title, alt=f'{title} by epoch', xlabel='epoch', ylabel=title, log=logarithmic, lines=lines, bands=bands, width=300, height=220))
     return found
 
@@ -449,7 +451,7 @@ def show_training(
     figure = plt.figure(figsize=(9.5, 2.9*-(-len(panels)//3)), layout='constrained')
     plt.close(figure)
     for axis, panel in zip(figure.subplots(-(-len(panels)//3), 3, squeeze=False).flat, panels):
-        for line in panel['lines']: axis.plot(line['x'], [np.nan if y is None else y for y in line['y']], '--' if line['dash'] else '-', marker='.', ms=3, label=line['name'])
+        for line in panel['lines']: axis.plot(line['x'], [np.nan if y is None else y for y in line['y']], '--' if line['dash'] else '-', color=line.get('colour'), marker='.', ms=3, label=line['name'])
         for band in panel['bands']:
             axis.axvspan(band['from'], band['to'], color=band['colour'], alpha=.12, lw=0)
             axis.text((band['from'] + band['to'])/2, 1.02, band['label'], transform=axis.get_xaxis_transform(), ha='center', fontsize=8)
