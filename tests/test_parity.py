@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from polyp_difom.core import InputError
 from polyp_difom.model.model import PolypDiFoM, load_model, predict
-from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load_published, published_key, published_networks
 from polyp_difom.students.registry import create_student
+from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load_published, published_key, published_networks
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')/'parity'
 NAME = re.compile(r'(?P<network>\w+?)(?P<calibrated>_cal)?_w(?P<seed>\d+)_s(?P<size>\d+)_x(?P<input>\d+)') # of a file of reference outputs
@@ -39,9 +39,9 @@ def fill(network, seed=0, calibrated=False):
     return {key: torch.zeros(shape, dtype=torch.long) if key.endswith('num_batches_tracked') else torch.from_numpy(draw(key, shape, seed, calibrated).astype(np.float32)) for key, shape in shapes.items()}
 
 
-@pytest.fixture(params=published_networks)
+@pytest.fixture(params=published_networks, scope='module')
 def published(request):
-    "Name and weights of a published network."
+    "Name and weights of a published network; not to be changed."
     if not REFERENCE.is_dir(): pytest.skip(f'{REFERENCE}: no reference outputs; set POLYP_DIFOM_REFERENCE')
     return request.param, fill(request.param)
 
@@ -53,12 +53,11 @@ def test_every_published_network_has_reference_outputs():
 
 @pytest.mark.parametrize('file', FILES)
 @torch.no_grad()
-def test_outputs_are_those_of_the_published_network(file, tmp_path):
+def test_outputs_are_those_of_the_published_network(file):
     name, reference = NAME.fullmatch(file), np.load(REFERENCE/f'{file}.npz')
     size = int(name['size'])
-    torch.save(fill(name['network'], int(name['seed']), name['calibrated']), tmp_path/'weights.pth')
     x = torch.from_numpy(np.random.default_rng(int(name['input'])).standard_normal((1, 3, size, size)).astype(np.float32))
-    outputs = published_outputs(load_published(name['network'], tmp_path/'weights.pth'), x)
+    outputs = published_outputs(load_published(name['network'], fill(name['network'], int(name['seed']), name['calibrated'])), x)
     assert len(outputs) == len(reference.files)
     for i, ours in enumerate(outputs):
         theirs = torch.from_numpy(reference[f'out{i}'])
@@ -68,7 +67,7 @@ def test_outputs_are_those_of_the_published_network(file, tmp_path):
 
 
 def test_a_file_with_wrong_keys_is_refused_with_their_names(published):
-    name, weights = published
+    name, weights = published[0], dict(published[1])
     first = next(k for k in weights if k.endswith('weight') and not re.search(published_networks[name].unused, k))
     weights['strange.weight'] = weights.pop(first)
     with pytest.raises(InputError) as error: load_published(name, weights)

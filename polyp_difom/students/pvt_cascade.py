@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/04_students/11_pvt_cascade.ipynb #7f7b5b35
+# %% ../../nbs/04_students/11_pvt_cascade.ipynb #3a242789
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from torch import nn
 from .blocks import ChannelAttention, ConvNormReLU, DoubleConv, SpatialAttention, Student, register_student, resize_to
 from .polyp_pvt import pvt_encoder
 
-# %% ../../nbs/04_students/11_pvt_cascade.ipynb #053b8bf2
+# %% ../../nbs/04_students/11_pvt_cascade.ipynb #a426c97f
 class AttentionGate(nn.Module):
     "The encoder's map `skip`, weighted at each place by what it and the deeper map `deep` say; all (B, n, h, w) (AG of the paper)."
     def __init__(self, n, width):
@@ -25,12 +25,12 @@ class AttentionGate(nn.Module):
     def forward(self, deep, skip):
         return skip*self.weight(F.relu(self.deep(deep) + self.skip(skip))).sigmoid()
 
-# %% ../../nbs/04_students/11_pvt_cascade.ipynb #1abd494e
+# %% ../../nbs/04_students/11_pvt_cascade.ipynb #224a561a
 class UpConv(nn.Sequential):
     "(B, n_in, h, w) -> (B, n_out, 2h, 2w)."
     def __init__(self, n_in, n_out): super().__init__(nn.Upsample(scale_factor=2), *ConvNormReLU(n_in, n_out))
 
-# %% ../../nbs/04_students/11_pvt_cascade.ipynb #3252671d
+# %% ../../nbs/04_students/11_pvt_cascade.ipynb #f8e3688d
 @register_student('pvt_cascade')
 class PVTCascade(Student):
     "PVT-CASCADE with PVTv2-B2, 35.3 M parameters: four side outputs (B, 1, H, W), coarse to fine; their sum is the prediction."
@@ -54,7 +54,7 @@ class PVTCascade(Student):
     def encode(self, x): return self.encoder(x)
     def merge(self, outputs): return sum(outputs)
 
-# %% ../../nbs/04_students/11_pvt_cascade.ipynb #e8282fbe
+# %% ../../nbs/04_students/11_pvt_cascade.ipynb #4d7a59f7
 @patch
 def attend(self:PVTCascade,
     x, # (B, n, h, w)
