@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['imagenet_stats', 'student_registry', 'pad_to_multiple', 'SideOutputs', 'as_outputs', 'crop', 'Student', 'eval_mode',
            'measure_maps', 'encoder_modules', 'encoder_parameters', 'ConvNormReLU', 'DoubleConv', 'pyramid', 'ConvNorm',
-           'resize_to', 'double', 'PartialDecoder', 'ChannelAttention', 'SpatialAttention', 'register_student',
-           'try_network', 'backbone_file', 'timm_encoder', 'fill_from_file']
+           'resize_to', 'resize_aligned', 'double', 'PartialDecoder', 'ChannelAttention', 'SpatialAttention',
+           'register_student', 'try_network', 'backbone_file', 'timm_encoder', 'fill_from_file', 'pvt_encoder']
 
 # %% ../../nbs/04_students/00_blocks.ipynb #90a66764
 import warnings
@@ -171,6 +171,13 @@ def resize_to(
     "Bilinear, as images are resized."
     return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False)
 
+def resize_aligned(
+    x, # (B, C, h, w)
+    size # (H, W)
+): # (B, C, H, W)
+    "Bilinear, corners aligned."
+    return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=True)
+
 def double(x): # (B, C, h, w) -> (B, C, 2h, 2w)
     "Bilinear, corners aligned."
     return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True)
@@ -297,3 +304,13 @@ def fill_from_file(
     except Exception as error: raise InputError(f'{file}: not backbone weights of {name} ({" ".join(str(error).split())[:150]})') from None
     if left := unloaded_weights(encoder(network), encoder(filled())): raise InputError(f'{file}: not backbone weights of {name}: it lacks {name_some(left, 3)}')
     return network
+
+# %% ../../nbs/04_students/00_blocks.ipynb #57928857
+def pvt_encoder(
+    backbone:str='pvt_v2_b2', # a PVTv2 of timm
+    pretrained=True, # see `timm_encoder`
+    **options # of `timm.create_model`
+) -> nn.Module: # (B, 3, H, W) -> [f1 … f4] at strides 4, 8, 16, 32
+    "PVTv2 with drop path up to 0.1. Raises `InputError` for another network."
+    if not str(backbone).startswith('pvt_v2'): raise InputError(f'backbone {backbone}: choose a PVTv2, as pvt_v2_b2')
+    return timm_encoder(backbone, pretrained, drop_path_rate=0.1, **options)

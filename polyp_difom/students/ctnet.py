@@ -6,15 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/04_students/12_ctnet.ipynb #88ee20a4
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..core import InputError, check_number, heed_offline, hub_error, nearest
-from .blocks import ConvNorm, SideOutputs, Student, register_student, resize_to
-from .polyp_pvt import pvt_encoder
+from .blocks import ConvNorm, SideOutputs, Student, pvt_encoder, register_student, resize_to
 
 # %% ../../nbs/04_students/12_ctnet.ipynb #df3979bc
 _mit = [f'mit_b{size}' for size in range(6)]

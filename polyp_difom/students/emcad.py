@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/04_students/04_emcad.ipynb #8d5791e5
 from math import gcd
 
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn

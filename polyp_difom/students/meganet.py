@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError
-from .blocks import ConvNormReLU, DoubleConv, SideOutputs, Student, double, register_student, timm_encoder
+from .blocks import ConvNormReLU, DoubleConv, SideOutputs, Student, double, register_student, resize_aligned, timm_encoder
 
 # %% ../../nbs/04_students/13_meganet.ipynb #42dab6d1
 def blur(
@@ -59,7 +59,7 @@ def three_views(
 ): # (B, 3C, h, w)
     "Features outside the map so far, along its border, and along the image's edges."
     so_far = logits.float().sigmoid()
-    edges = F.interpolate(edges, features.shape[-2:], mode='bilinear', align_corners=True)
+    edges = resize_aligned(edges, features.shape[-2:])
     return torch.cat([features*weight.to(features.dtype) for weight in (1 - so_far, laplacian(so_far), edges)], 1)
 
 # %% ../../nbs/04_students/13_meganet.ipynb #cbbbffa5

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .blocks import ChannelAttention, ConvNormReLU, DoubleConv, SpatialAttention, Student, register_student, resize_to
-from .polyp_pvt import pvt_encoder
+from .blocks import ChannelAttention, ConvNormReLU, DoubleConv, SpatialAttention, Student, pvt_encoder, register_student, resize_to
 
 # %% ../../nbs/04_students/11_pvt_cascade.ipynb #a426c97f
 class AttentionGate(nn.Module):

@@ -7,18 +7,9 @@ __all__ = ['correct_probability']
 
 # %% ../../nbs/04_students/07_sanet.ipynb #bff20889
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .blocks import ConvNormReLU, Student, register_student, timm_encoder
-
-# %% ../../nbs/04_students/07_sanet.ipynb #d6be2f7f
-def _resize_aligned(
-    x, # (B, C, h, w)
-    size # (H, W)
-): # (B, C, H, W)
-    "Bilinear, corners aligned."
-    return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=True)
+from .blocks import ConvNormReLU, Student, register_student, resize_aligned, timm_encoder
 
 # %% ../../nbs/04_students/07_sanet.ipynb #b89be070
 def shallow_attention(
@@ -26,7 +17,7 @@ def shallow_attention(
     middle, deep # (B, n, h', w'), coarser
 ): # (B, 3n, h, w)
     "The deep map, the middle one weighed by it, and the fine one weighed by both."
-    middle, deep = (_resize_aligned(x, fine.shape[-2:]) for x in (middle, deep))
+    middle, deep = (resize_aligned(x, fine.shape[-2:]) for x in (middle, deep))
     return torch.cat([deep, middle*deep, fine*middle*deep], 1)
 
 # %% ../../nbs/04_students/07_sanet.ipynb #cbb55ee5
@@ -60,7 +51,7 @@ class SANet(Student):
 
     def decode(self, features):
         logits = self.decode_small(features)
-        return _resize_aligned(logits, (8*logits.shape[-2], 8*logits.shape[-1]))
+        return resize_aligned(logits, (8*logits.shape[-2], 8*logits.shape[-1]))
 
     def published_outputs(self, x): return [self.decode_small(self.encode(x))] # theirs are enlarged by the caller
 

@@ -7,11 +7,10 @@ __all__ = []
 
 # %% ../../nbs/04_students/01_unet.ipynb #f9424c00
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..core import check_number
-from .blocks import DoubleConv, Student, pyramid, register_student
+from .blocks import DoubleConv, Student, double, pyramid, register_student
 
 # %% ../../nbs/04_students/01_unet.ipynb #435a90af
 class Up(nn.Module):
@@ -21,7 +20,7 @@ class Up(nn.Module):
         self.conv = DoubleConv(n_in, n_out, n_in//2)
 
     def forward(self, x, skip): # (B, C, h, w), (B, C', 2h, 2w) -> (B, n_out, 2h, 2w)
-        return self.conv(torch.cat([skip, F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True)], 1))
+        return self.conv(torch.cat([skip, double(x)], 1))
 
 # %% ../../nbs/04_students/01_unet.ipynb #ef3d852a
 @register_student('unet')

@@ -7,12 +7,11 @@ __all__ = ['UNetPlusPlus']
 
 # %% ../../nbs/04_students/02_unetpp.ipynb #fb708f5c
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError, check_number
-from .blocks import DoubleConv, Student, pyramid, register_student
+from .blocks import DoubleConv, Student, double, pyramid, register_student
 
 # %% ../../nbs/04_students/02_unetpp.ipynb #5b3d00f0
 @register_student('unetpp')
@@ -42,7 +41,7 @@ def decode(self:UNetPlusPlus,
     rows = [[f] for f in features]
     for j in range(1, 5):
         for i in range(5 - j):
-            below = F.interpolate(rows[i + 1][-1], scale_factor=2, mode='bilinear', align_corners=True)
+            below = double(rows[i + 1][-1])
             rows[i].append(self.nodes[f'{i}_{j}'](torch.cat([*rows[i], below], 1)))
     maps = [head(x) for head, x in zip(self.heads, rows[0][-len(self.heads):])]
     return maps if len(maps) > 1 else maps[0]
