@@ -251,12 +251,13 @@ def _train(
     valid:Annotated[float, _option('Share of the training images held out to choose the epoch by.')]=0.1,
     seed:Annotated[int, _option('Of split, weights, shuffling and augmentation.')]=0,
     augment:Annotated[Optional[str], _option('none, paper (flips), or strong (also turned, scaled, recoloured, blurred, mixed).', _BASIC)]=None,
+    colour_exchange:Annotated[float, _option('Share of the images that take the colours of another one of their batch (SANet: 1).')]=0.,
     labels:Annotated[float, _option('Share of the training images whose masks are used.')]=1.,
     steps:Annotated[Optional[int], _option('Batches of an epoch; a pass over the labelled images by default.')]=None,
     select:Annotated[str, _option('The epoch that is kept: best (on the validation part) or last.')]='best',
     scales:Annotated[Optional[Tuple[float, float, float]], _option('Sizes drawn for each batch, relative to --size; 0.75 1 1.25 with --augment paper, 1 otherwise.', metavar='X X X')]=None,
     allow_empty:Annotated[bool, _option('Accept frames without polyp.', _MORE, '--allow-empty')]=False,
-    loss:Annotated[Optional[str], _option('bce-dice, structure or structure-weighted; by default what the student was published with.')]=None,
+    loss:Annotated[Optional[str], _option('bce-dice, structure, structure-weighted, lossnet[b][=FILE][/b] (with the weights of a VGG-16), or the name of a network that has its own; by default what the student was published with.')]=None,
     mutation:Annotated[bool, _option('A loss for every subset of side outputs (EMCADNet).', _MORE, '--mutation')]=False,
     precision:Annotated[Optional[str], _option('bf16 or fp32; the faster on the device by default.')]=None,
     tensorboard:Annotated[bool, _option('Log to RUN/tensorboard, too.', _MORE, '--tensorboard')]=False,
@@ -311,21 +312,25 @@ def _import(
 # %% ../nbs/13_cli.ipynb #2fedc2b7
 _Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace earlier outputs.')]
 _Device = Annotated[Optional[str], typer.Option('--device', help='cuda, cpu …; the fastest there is by default.')]
+_Correction = Annotated[bool, typer.Option('--probability-correction', help='SANet\'s: logits divided by the share of the pixels that have their sign. Masks stay as they are.')]
 
 @app.command('evaluate')
 def _evaluate(
     run:Annotated[Optional[Path], typer.Argument(help='Folder of a run.')]=None,
     data:Annotated[Optional[Path], typer.Argument(help='Data set: every set in its TestDataset is scored, or the data set itself if there is none.')]=None,
-    predictions:Annotated[Optional[Path], typer.Option(help='Instead of a run: a folder of saved 8-bit maps, with --masks, their masks of the same stems.')]=None,
+    predictions:Annotated[Optional[List[str]], typer.Option(help='Instead of a run: a folder of saved 8-bit maps, with --masks, their masks of the same stems. Of several methods, [b]NAME=FOLDER[/b] each, with a folder inside for each test set, and --masks the data set: a row each beside the published ones.')]=None,
     json_file:Annotated[Optional[Path], typer.Option('--json', help='Write the numbers there, too.')]=None,
+    table:Annotated[Optional[Path], typer.Option(help='With --predictions: folder for the table of all methods, as Markdown, LaTeX and CSV.')]=None,
+    probability_correction:_Correction=False,
     overwrite:_Overwrite=False,
     device:_Device=None,
     images:ImagesOption=None, masks:MasksOption=None, mask_suffix:SuffixOption=None, mask_above:AboveOption=128,
 ):
     "Score a run on every test set, or a folder of saved maps, by the PraNet protocol, beside the published figures."
     if json_file: _check_json(json_file, overwrite)
-    if predictions: report = _score_maps(run, predictions, masks, mask_above)
-    else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above), device)
+    if table and not predictions: raise typer.BadParameter('--table goes with --predictions')
+    if predictions: report = _score_maps(run, predictions, masks, mask_above, table, overwrite)
+    else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above), device, probability_correction)
     if json_file:
         from polyp_difom.core import atomic_path
         with atomic_path(json_file) as path: path.write_text(json.dumps(report, indent=1))
@@ -337,24 +342,45 @@ def _check_json(path:Path, overwrite:bool):
     if path.name == 'config.json' or path.exists() and not path.is_file(): raise InputError(f'{path}: is something else; choose another file')
     if path.exists() and not overwrite: raise InputError(f'{path}: is there already; choose another file, or replace it (--overwrite)')
 
-def _score_maps(run, predictions, masks, above) -> dict:
+def _score_maps(run, predictions, masks, above, table, overwrite) -> dict:
     "Score saved maps and print the table."
     if run or not masks: raise typer.BadParameter('give RUN DATA, or --predictions and --masks')
+    if len(predictions) > 1 or table or not _is_flat(predictions[0]): return _score_methods(predictions, masks, above, table, overwrite)
+    predictions = predictions[0]
     from polyp_difom.core import progress
     from polyp_difom.evaluation.metrics import score_folder
     report, _ = score_folder(predictions, masks, progress=lambda stems: progress(stems, 'scoring'), above=above)
     _print_table([['metric', 'value'], *([key, f'{value:.4f}' if isinstance(value, float) else str(value)] for key, value in report.items())])
     return report
 
+# %% ../nbs/13_cli.ipynb #2d432047
+def _is_flat(folder:str) -> bool:
+    "No folders inside, as far as one can look?"
+    return not Path(folder).is_dir() or not any(path.is_dir() for path in Path(folder).iterdir())
+
+def _score_methods(predictions, masks, above, table, overwrite) -> dict:
+    "Score the maps of each method, and print a table for each test set, with the published rows."
+    from polyp_difom.evaluation.report import methods_rows, score_methods, write_methods
+    if table: _check_table(table, overwrite)
+    found = score_methods(predictions, masks, above)
+    for name, rows in methods_rows(found).items(): _print_table(rows, name)
+    if table: _say(f'table: {write_methods(found, table)}')
+    return found
+
+def _check_table(folder:Path, overwrite:bool):
+    "Raise `InputError` for a place where a table would replace something else."
+    if folder.exists() and not folder.is_dir(): raise InputError(f'{folder}: is a file; give a folder')
+    if (folder/'methods.md').exists() and not overwrite: raise InputError(f'{folder}: holds a table already; choose another folder, or replace it (--overwrite)')
+
 # %% ../nbs/13_cli.ipynb #c40887be
-def _score_run(run, data, layout, device) -> dict:
+def _score_run(run, data, layout, device, probability_correction) -> dict:
     "Score a run and print the table."
     if not (run and data): raise typer.BadParameter('give RUN DATA, or --predictions and --masks')
     from polyp_difom.evaluation.benchmark import SeenFrames, evaluate
     from polyp_difom.evaluation.report import report_note, report_rows
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SeenFrames) # the note says so
-        report = evaluate(run, data, layout, device=device)
+        report = evaluate(run, data, layout, device=device, probability_correction=probability_correction)
     _say(report_note(report))
     _print_table(list(zip(*report_rows(report))))
     _say(f'pictures and scores of every image: {run/"evaluation"}')
@@ -394,12 +420,13 @@ def _predict(
     out:Annotated[Path, typer.Option(help='Folder for the maps, one PNG a picture.')],
     threshold:Annotated[Optional[float], typer.Option(help='Write masks of probability >= THRESHOLD instead of probabilities; 0 to 1.')]=None,
     overlay:Annotated[bool, typer.Option('--overlay', help='Write the pictures with the polyp drawn in.')]=False,
+    probability_correction:_Correction=False,
     overwrite:_Overwrite=False,
     device:_Device=None,
 ):
     "Write a map of polyp probability (0 to 255) for every picture, at its own size."
     from polyp_difom.deploy.predictor import predict_files
-    written = predict_files(run, source, out, threshold=threshold, overlay=overlay, overwrite=overwrite, device=device)
+    written = predict_files(run, source, out, threshold=threshold, overlay=overlay, overwrite=overwrite, device=device, probability_correction=probability_correction)
     what = 'overlay' if overlay else 'map' if threshold is None else 'mask'
     _say(f'{len(written)} {what}{"s"*(len(written) != 1)} in {out}')
 

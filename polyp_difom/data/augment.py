@@ -12,7 +12,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import InputError, nearest
+from ..core import InputError, check_number, nearest
+from .colour_exchange import colour_exchange
 
 # %% ../../nbs/01_data/04_augment.ipynb #f1b0c6bd
 def to_unit(
@@ -183,12 +184,21 @@ def _mix(batch:tuple, share:float) -> tuple:
         return torch.where(box, x[partner.to(x.device)], x)
     return _move(batch, change)
 
+# %% ../../nbs/01_data/04_augment.ipynb #79ef0c94
+def _exchange_colours(batch:tuple, share:float) -> tuple:
+    "A part of the images in the colours of others of the batch."
+    image, *rest = batch
+    chosen, partner = _some(len(image), share).bool(), torch.randperm(len(image))
+    if not chosen.any(): return batch
+    recoloured = image.clone()
+    recoloured[chosen] = colour_exchange(image[chosen], image[partner[chosen]])
+    return recoloured, *rest
+
 # %% ../../nbs/01_data/04_augment.ipynb #41152b67
-def _augment_none(batch, size, scales): return _draw_size(to_unit(batch), size, scales)
-def _augment_paper(batch, size, scales): return _draw_size(_flip(to_unit(batch)), size, scales)
+def _augment_paper(batch, size, scales): return _draw_size(_flip(batch), size, scales)
 
 def _augment_strong(batch, size, scales, about=_strong):
-    batch, n = to_unit(batch), len(batch[0])
+    n = len(batch[0])
     batch = _move(batch, partial(_sample, _affine_maps(n, about['turn'], about['scale'], about['shift'])))
     image, mask, *rest = _mix(batch, about['mix'])
     image = _recolour(image, *_colour_maps(n, *(about[name] for name in ('gain', 'brightness', 'contrast', 'saturation', 'hue'))))
@@ -196,17 +206,22 @@ def _augment_strong(batch, size, scales, about=_strong):
     return _draw_size((image, (mask > 0.5).float(), *rest), size, scales)
 
 # %% ../../nbs/01_data/04_augment.ipynb #6ee78266
-augmentations = {'none': _augment_none, 'paper': _augment_paper, 'strong': _augment_strong}
+augmentations = {'none': _draw_size, 'paper': _augment_paper, 'strong': _augment_strong}
 
 class Augment:
     "An augmentation by name, of whole batches. Raises `InputError` for an unknown one."
     def __init__(self,
         size:int, # side in pixels
         augment:str='paper', # a name of `augmentations`
-        scales=None # sizes drawn for each batch, relative to `size`; if None 0.75, 1 and 1.25 with `paper`, and 1 otherwise
+        scales=None, # sizes drawn for each batch, relative to `size`; if None 0.75, 1 and 1.25 with `paper`, and 1 otherwise
+        colour_exchange:float=0. # share of the images that take the colours of another one of the batch, 0 to 1
     ):
         if augment not in augmentations: raise InputError(f'unknown augmentation {augment}; {nearest(str(augment), augmentations)}')
-        self.size, self.augment = size, augment
+        check_number('colour_exchange', colour_exchange, 0., 1.)
+        self.size, self.augment, self.colour_exchange = size, augment, colour_exchange
         self.scales = scales or ((0.75, 1., 1.25) if augment == 'paper' else (1.,))
 
-    def __call__(self, batch): return augmentations[self.augment](batch, self.size, self.scales) # bytes -> the same, augmented, as floats
+    def __call__(self, batch): # bytes -> the same, augmented, as floats
+        batch = to_unit(batch)
+        if self.colour_exchange: batch = _exchange_colours(batch, self.colour_exchange)
+        return augmentations[self.augment](batch, self.size, self.scales)

@@ -205,11 +205,12 @@ def polyp_dataloaders(
     device=None, # fastai's default device if None
     *,
     augment:str='paper', # none, paper or strong
+    colour_exchange:float=0., # share of the images, see `Augment`
     ratio:float=0.5, # share of a batch without labels, where the training part holds such frames
     steps:int=None # batches of an epoch; a pass over the labelled images if None
 ) -> DataLoaders: # batches of image (B, 3, H, W) in 0..1, mask (B, 1, H, W)[, extras, see `PolypDataset.extras`]
     "fastai loaders over a training part (shuffled, augmented) and a validation part."
-    options, plain = dict(after_batch=Augment(train.images.shape[-1], augment, scales), device=device), train.n_labelled == len(train) and not steps
+    options, plain = dict(after_batch=Augment(train.images.shape[-1], augment, scales, colour_exchange), device=device), train.n_labelled == len(train) and not steps
     dls = DataLoaders(
         DataLoader(train, bs=batch_size, shuffle=True, drop_last=len(train) > batch_size, **options) if plain else StepLoader(train, batch_size, steps, ratio, **options),
         DataLoader(valid, bs=batch_size, after_batch=to_unit, device=device), device=device)

@@ -76,8 +76,9 @@ class Predictor:
     def __init__(self,
         model:PolypDiFoM, # on the device where it shall work
         size:int=352, # what it was trained at, in pixels
-        batch_size:int=8 # pictures at once
-    ): self.model, self.size, self.batch_size = model.eval(), size, batch_size
+        batch_size:int=8, # pictures at once
+        probability_correction:bool=False # SANet's, see `correct_probability`
+    ): self.model, self.size, self.batch_size, self.probability_correction = model.eval(), size, batch_size, probability_correction
 
     @torch.no_grad()
     def _maps(self, pictures:list) -> list:
@@ -85,7 +86,7 @@ class Predictor:
         pictures = [to_picture(picture) for picture in pictures]
         batch = torch.stack([to_input(picture, self.size) for picture in pictures])
         logits = self.model(batch.to(next(self.model.parameters()).device)).float().cpu()
-        return [check_map(to_map(one[0], picture.size[::-1]).numpy(), name) for one, picture, name in zip(logits, pictures, names)]
+        return [check_map(to_map(one[0], picture.size[::-1], self.probability_correction).numpy(), name) for one, picture, name in zip(logits, pictures, names)]
 
     def __call__(self,
         pictures # path, uint8 array (H, W, 3) or float in 0..1, PIL picture; or a list of these
@@ -99,12 +100,13 @@ class Predictor:
 def load_predictor(
     run, # folder made by `train` or `import_published`
     student=None, # for a network that is not in the registry
-    device=None # fastest there is if None
+    device=None, # fastest there is if None
+    probability_correction:bool=False # SANet's, see `correct_probability`
 ) -> Predictor:
     "The best model of a run, ready for pictures. Raises `InputError` as `read_run` does, and for a device that is not there."
     device = find_device(device)
     model, settings = read_run(run, student)
-    return Predictor(model.to(device), settings['size'])
+    return Predictor(model.to(device), settings['size'], probability_correction=probability_correction)
 
 # %% ../../nbs/08_deploy/01_predictor.ipynb #02b04568
 _colour = (86, 180, 233)
@@ -198,12 +200,13 @@ def predict_files(
     overlay:bool=False, # draw the mask onto the picture; the threshold is 0.5 if None
     overwrite:bool=False, # replace what is in `out`
     student=None, # for a network that is not in the registry
-    device=None # fastest there is if None
+    device=None, # fastest there is if None
+    probability_correction:bool=False # SANet's, see `correct_probability`
 ) -> list: # paths of the PNG files
     "Predict pictures to PNG files. Raises `InputError` at the end, naming pictures that did not decode."
     if threshold is not None and not 0 <= threshold <= 1: raise InputError(f'threshold {threshold}: give a probability, 0 to 1')
     if overlay and threshold is None: threshold = 0.5
-    out, predictor = Path(out), load_predictor(run, student, device)
+    out, predictor = Path(out), load_predictor(run, student, device, probability_correction)
     paths, names = _find_pictures(source, out)
     outputs = [out/name for name in _output_names(names)]
     _refuse_overwriting(paths, outputs, out, overwrite)

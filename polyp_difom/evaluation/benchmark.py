@@ -41,12 +41,13 @@ def score_set(
     pairs:list, # of `Pair`
     size:int, # what the model was trained at, in pixels
     above:int=128, # polyp where the mask is brighter
-    name:str='' # of the set, for the progress bar
+    name:str='', # of the set, for the progress bar
+    probability_correction:bool=False # SANet's, see `correct_probability`
 ) -> tuple: # summary under the keys of METRICS, `images` and `empty`; DataFrame with a row of scores and record for each image
     "Score a model on pairs by the PraNet protocol. Raises `InputError` for a pair that cannot be scored."
     metrics = SegmentationMetrics()
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size, pair.image), pair, above)
+        futures = [pool.submit(_score_pair, predict(model, read_image(pair.image), size, pair.image, probability_correction), pair, above)
                    for pair in progress(pairs, name)]
         for future in futures: metrics.keep(*future.result())
     images = pd.Index([printable(pair.image.name) for pair in pairs], name='image')
@@ -72,14 +73,14 @@ def _versions() -> dict:
     "Versions of what decides a score."
     return dict(polyp_difom=__version__) | {name: version(name) for name in ('torch', 'pysodmetrics', 'numpy', 'pillow')}
 
-def _command(run, data, layout:Layout) -> str:
+def _command(run, data, layout:Layout, corrected:bool) -> str:
     "The command that makes this evaluation."
-    return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout)]))
+    return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout), '--probability-correction'*corrected]))
 
-def _describe(run, data, layout:Layout, settings:dict) -> dict:
+def _describe(run, data, layout:Layout, settings:dict, corrected:bool) -> dict:
     "What is evaluated."
     kept = {key: settings[key] for key in ('student', 'options', 'distilled', 'size', 'seed')}
-    return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout)), data=printable(data),
+    return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout, corrected)), data=printable(data), probability_correction=corrected,
                        layout=asdict(layout), versions=_versions(), date=datetime.now().astimezone().isoformat(timespec='seconds'))
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #fbe580bc
@@ -97,9 +98,9 @@ def _draw_picture(*what, **options): # PNG, or None
     except Exception as error: warnings.warn(f'{options["title"]}: no picture ({error})')
     else: return content.getvalue()
 
-def _evaluate_set(model, pairs, size, above, name) -> tuple: # summary, file name -> content
+def _evaluate_set(model, pairs, size, above, name, corrected) -> tuple: # summary, file name -> content
     "Scores of a set, and what is to be written of it."
-    summary, per_image = score_set(model, pairs, size, above, name)
+    summary, per_image = score_set(model, pairs, size, above, name, corrected)
     picture = _draw_picture(model, pairs, per_image['Dice_05'].to_numpy(), size, title=name, above=above)
     stem = _file_stem(name)
     return summary, {f'{stem}.csv': per_image.to_csv().encode()} | ({f'{stem}.png': picture} if picture else {})
@@ -141,16 +142,17 @@ def evaluate(
     data, # data set: with TestDataset/<set>/, or a set itself
     layout:Layout=Layout(), # where its images and masks are
     student=None, # for a network that is not in the registry
-    device=None # the fastest there is if None
+    device=None, # the fastest there is if None
+    probability_correction:bool=False # SANet's, see `correct_probability`; its authors score with it
 ) -> dict: # what was evaluated, and under `sets` the scores, counts and published figures of every test set
     "Score a run on every test set. Report, scores of every image and a picture per set go to RUN/evaluation. Raises `InputError` before anything is scored."
     start, (model, settings) = time.perf_counter(), read_run(run, student)
     model = model.to(find_device(device))
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     check_sets(sets, layout.mask_above)
-    report, seen, beside, written = _describe(run, data, layout, settings) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled']), {}
+    report, seen, beside, written = _describe(run, data, layout, settings, probability_correction) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled']), {}
     for name, pairs in sets.items():
-        summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name)
+        summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name, probability_correction)
         known_by, images = hash_pairs(pairs)
         if known := sum(image in seen for image in images): warnings.warn(f'{name}: the run was trained or selected on {known} of these {len(images)} frames; scores on them say nothing about new ones', SeenFrames)
         report['sets'][name] = summary | dict(fingerprint=known_by, trained_on=sum(image in seen for image in images), published=beside.get(name, {}))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['published_methods', 'published', 'report_note', 'report_rows', 'markdown_table', 'report_markdown', 'latex_table',
            'csv_table', 'paper_table', 'row_from_maps', 'gains_table', 'size_table', 'detection_table',
-           'shared_sequences', 'set_notes', 'draw_gains', 'draw_wins', 'draw_sizes', 'write_report']
+           'shared_sequences', 'set_remarks', 'set_notes', 'draw_gains', 'draw_wins', 'draw_sizes', 'write_report']
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #afc2f089
 import csv, re
@@ -71,6 +71,7 @@ def report_note(
     sets = report['sets'].values()
     length = f'{report["epochs"]} epoch{"s"*(report["epochs"] > 1)}' if report['epochs'] else 'published weights'
     parts = [report['student'], 'distilled' if report['distilled'] else 'undistilled', f'{report["size"]} px', length]
+    if report.get('probability_correction'): parts.append('probability correction')
     if any(scores['published'] for scores in sets): parts.append('ours/published (paper: 352 px, 120 epochs)')
     empty = sum(scores['empty'] for scores in sets)
     frames = f'; {empty} of {sum(scores["images"] for scores in sets)} frames hold no polyp: their Dice_05 is 1 if nothing is predicted, else 0' if empty else ''
@@ -164,14 +165,15 @@ def row_from_maps(
     masks, # folder of masks, or of a data set, or several of these
     name:str=None, # of the method; the folder's name otherwise
     above:int=128 # polyp where the mask is brighter
-) -> dict: # method, sets: set -> scores as from `score_folder`
+) -> dict: # method, sets: set -> scores as from `score_folder`, images: set -> their stems
     "A row for a method that is known by its saved maps only. Raises `InputError` as `score_folder` does."
     folder, masks = Path(folder), [Path(one) for one in ([masks] if isinstance(masks, (str, Path)) else masks)]
     if not folder.is_dir(): raise InputError(f'{folder} is not a folder')
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     alone = masks[0].parent.name if masks[0].name == 'masks' else masks[0].name
     sets = {path.name: (path, _find_masks(masks, path.name)) for path in inside} or {alone: (folder, masks[0])}
-    return dict(method=name or folder.name, sets={name: score_folder(maps, of, above=above)[0] for name, (maps, of) in sets.items()})
+    scored = {name: score_folder(maps, of, above=above) for name, (maps, of) in sets.items()}
+    return dict(method=name or folder.name, sets={name: scores for name, (scores, _) in scored.items()}, images={name: list(found) for name, (_, found) in scored.items()})
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #06e099a1
 def _share(e) -> str:
@@ -240,6 +242,12 @@ def _note(name, images, duplicates, names) -> str: # empty if there is nothing t
     return f'{len(images)} of its 196 frames, too few for a published comparison' if name == 'ETIS-LaribPolypDB' and len(images) < 196 else ''
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #9f23e579
+def set_remarks(
+    images:dict # set -> names of its images
+) -> list: # of str, one a remark
+    "What to know of each set, where nobody looked for images that repeat."
+    return [f'{name}: {text}.' for name, names in images.items() if (text := _note(name, names, (), images))]
+
 def set_notes(
     results:list, duplicates:dict=None, # set -> names, as from `find_duplicates`
     trained_on:dict=None # set -> how many of its images are training images

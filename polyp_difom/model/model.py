@@ -20,6 +20,7 @@ from ..core import InputError
 from ..weights import read_tensors, save_tensors
 from ..students.blocks import Student, as_outputs, crop, eval_mode, imagenet_stats, measure_maps, pad_to_multiple
 from ..students.registry import create_student
+from ..students.sanet import correct_probability
 from .config import check_config, make_fitting
 from .latents import FoundationalFusion, LatentHeads, TrainingHeads, choose_stage, find_stages, output_of
 
@@ -29,7 +30,7 @@ class PolypDiFoM(nn.Module):
     def __init__(self,
         student:nn.Module, # anything with `encode` and `decode`
         latents:str=None, # `paper`: at the bottleneck, feeding the decoder; `free`: heads in training only, see `TrainingHeads`; None for the undistilled student
-        channels:int=None, # of each latent; if None 64 for `free`, for `paper` half the deepest map's up to 256, and 128 beside a wider map
+        channels:int=None, # of each latent; if None 64 for `free`, for `paper` half the deepest map's up to 256, and 64 beside a wider map
         precision:str='fp32', # or `bf16`
         high_at:str='decoder' # or `encoder`: where L2 of `free` is learnt
     ):
@@ -63,7 +64,7 @@ class PolypDiFoM(nn.Module):
 @patch
 def _add_paper_latents(self:PolypDiFoM, channels:int=None):
     deepest = self.widths[-1]
-    channels = channels or (deepest//2 if deepest <= 512 else 128)
+    channels = channels or (deepest//2 if deepest <= 512 else 64)
     self.latents, self.fusion = LatentHeads(deepest, channels), FoundationalFusion(channels, deepest)
 
 @patch
@@ -162,10 +163,12 @@ def to_input(
 
 def to_map(
     logits:torch.Tensor, # (h, w)
-    size # (H, W) in pixels
+    size, # (H, W) in pixels
+    probability_correction:bool=False # SANet's, see `correct_probability`
 ) -> torch.Tensor: # (H, W) probability in 0..1
     "Logits as a probability map of another size."
-    return F.interpolate(logits[None, None], size=size, mode='bilinear', align_corners=False).sigmoid()[0, 0]
+    logits = F.interpolate(logits[None, None], size=size, mode='bilinear', align_corners=False)[0, 0]
+    return (correct_probability(logits) if probability_correction else logits).sigmoid()
 
 # %% ../../nbs/06_model/02_model.ipynb #9294de03
 @torch.no_grad()
@@ -190,7 +193,8 @@ def predict(
     model:PolypDiFoM, # in any mode; it computes in eval mode
     image:Image.Image, # RGB, any size
     size:int=352, # what the model was trained at, in pixels
-    name='picture' # what errors call it
+    name='picture', # what errors call it
+    probability_correction:bool=False # SANet's, see `correct_probability`
 ) -> np.ndarray: # (H, W) probability of polyp in 0..1, float32
     "Probability map of one picture at its own size. Raises `InputError` as `check_map` does."
-    return check_map(to_map(predict_logits(model, image, size), image.size[::-1]).numpy(), name)
+    return check_map(to_map(predict_logits(model, image, size), image.size[::-1], probability_correction).numpy(), name)

@@ -24,9 +24,10 @@ from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
-from .losses import OutputLoss, losses
+from .losses import OutputLoss, loss_makers, losses
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
+import polyp_difom.training.lossnet
 from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
 from .teaching import HeadroomWatch
 
@@ -126,9 +127,10 @@ _allowed = { # field -> what to give, and whether a value is that
     'seed': ('a whole number from 0', is_whole),
     'allow_empty': ('True or False', lambda v: isinstance(v, bool)), 'mutation': ('True or False', lambda v: isinstance(v, bool)),
     'augment': (', '.join(augmentations), lambda v: v in augmentations),
+    'colour_exchange': ('a share from 0 to 1', lambda v: is_number(v, 0, 1)),
     'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: v is None or len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
     'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
-    'loss': (', '.join(losses), lambda v: v is None or callable(v) or v in losses),
+    'loss': (', '.join([*losses, *(f'{name}[=FILE]' for name in loss_makers)]), lambda v: v is None or callable(v) or v in losses or str(v).partition('=')[0] in loss_makers),
     'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
     'fusion': ('frozen or trainable', lambda v: v in ('frozen', 'trainable')),
     'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),
@@ -153,9 +155,10 @@ class TrainConfig:
     seed:int=0 # of split, weights, shuffling, augmentation
     allow_empty:bool=False # accept frames without polyp
     augment:str='paper' # of images, masks and targets: none, paper or strong, see `data.augment`
+    colour_exchange:float=0. # share of the images that take the colours of another one of their batch (SANet)
     scales:tuple=None # sizes drawn for each batch, relative to `size`; if None 0.75, 1 and 1.25 with `augment='paper'`, and 1 otherwise
     steps:int=None # batches of an epoch; a pass over the labelled images if None
-    loss:str=None # segmentation loss, a name of `losses` or any callable; the student's own if None
+    loss:str=None # segmentation loss, a name of `losses`, `lossnet=FILE`, or any callable; the student's own if None
     mutation:bool=False # for students with side outputs: a loss for every subset of them
     precision:str=None # bf16 or fp32; the faster on the device if None
     distance:str='mse' # of latents to targets, a name of `latent_losses` or any callable

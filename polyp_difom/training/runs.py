@@ -36,7 +36,7 @@ from ..targets.latent import TargetConfig, TargetStore, build_targets, find_fiel
 from ..targets.soft_masks import SoftMasks, adapted_teachers
 from ..targets.trainable_fusion import RawMaps, TrainableFusion
 from ..model.model import PolypDiFoM, amp_dtype, save_model
-from .losses import OutputLoss, latent_losses, losses
+from .losses import OutputLoss, latent_losses, loss_makers, losses
 from .callbacks import EpochLog, EpochSeed, dice_score, learner_tensors
 from .teaching import EMATeacher, LiveTeacher
 from ..teachers.registry import create_teacher
@@ -230,6 +230,7 @@ def _live_teacher(config:TrainConfig, device) -> list: # of one callback or none
 
 def _prepare(data, features, frames, model, layout, target_config, config, device, cbs, metrics):
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
+    loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
@@ -243,8 +244,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     soft = signals[0].soft is not None or bool(config.live_teacher)
     if soft and config.soft_weight and config.soft_on == 'unlabelled' and not unlabelled: raise InputError('soft masks: are learnt from on frames without labels, and there are none; give some (--unlabelled FRAMES), or --soft-on all, or --no-soft-masks')
     if config.refresh and (config.live_teacher or signals[0].soft is None or not unlabelled): raise InputError('refresh: mixes stored soft masks of frames without labels with those of the student, and there are none; give features of an adapted teacher and frames (--unlabelled FRAMES), or leave it away')
-    loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
-    dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, ratio=config.ratio, steps=config.steps)
+    dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, colour_exchange=config.colour_exchange, ratio=config.ratio, steps=config.steps)
     distill = config.distillation(soft) if features or config.live_teacher else None
     learn = difom_learner(dls, model, loss, distill, (dice_score, *metrics), [EpochSeed(config.seed), *_teaching(config, device), *cbs])
     learn.teachers = {name: store.array(name).attrs['provenance'] for name in store.check_teachers(target_config.teacher)} if store else {} # how features were made
@@ -260,7 +260,8 @@ def _settings(learn, layout, target_config, config, frames, preset) -> dict:
     "All that decides what comes of a run."
     network, datasets = learn.model.student, (learn.dls.train.dataset, learn.dls.valid.dataset)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
-    loss = config.loss or getattr(network, 'loss', 'bce-dice')
+    loss, _, file = loss.partition('=') if isinstance(loss := config.loss or getattr(network, 'loss', 'bce-dice'), str) else (loss, '', '')
+    if file: loss = f'{loss}={Path(file).absolute()}'
     resolved = replace(config, loss=loss, precision=learn.model.precision)
     return dict(preset=preset, student=name, options=options, distilled=hasattr(learn, 'distillation'), **{key: _name(value) for key, value in vars(resolved).items()},
                 layout=asdict(layout), targets=asdict(target_config), unlabelled=frames.unlabelled and str(frames.unlabelled), held_out=list(frames.held_out), teachers=learn.teachers,
@@ -271,6 +272,7 @@ def _fingerprints(learn) -> dict:
     train_part, valid_part = learn.dls.train.dataset, learn.dls.valid.dataset
     return {'training images': train_part.fingerprint, 'validation images': valid_part.fingerprint,
             'targets': train_part.targets and train_part.targets.fingerprint, 'soft masks': train_part.soft_fingerprint,
+            'weights of the loss': getattr(learn.loss_func.loss, 'fingerprint', None),
             'live teacher': next((_live_fingerprint(cb.teacher) for cb in learn.cbs if isinstance(cb, LiveTeacher)), None)}
 
 def _live_fingerprint(teacher) -> str: return bytes_hash(json.dumps(teacher.provenance, sort_keys=True, default=str).encode()).hex()
@@ -523,8 +525,10 @@ def _read_config(run:Path) -> dict:
 
 def _held_callable(name:str, known, kept, given, run):
     "A loss or distance of a run: its name, or what it was of one's own making. Raises `InputError` for another one, or none."
+    made = known is losses and str(kept).partition('=')[0] in loss_makers # its file may have moved
+    if made and isinstance(given, str) and given.partition('=')[0] == kept.partition('=')[0]: return given
     if given is not None and _name(given) != kept: raise InputError(f'{run}: cannot be resumed with another {name}: {kept} then, {_name(given)} now')
-    if given is None and kept not in known: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
+    if given is None and kept not in known and not made: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
     return kept if given is None else given
 
 # %% ../../nbs/07_training/04_runs.ipynb #17ab51d4
