@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from polyp_difom.core import InputError
 from polyp_difom.model.model import PolypDiFoM, load_model, predict
-from polyp_difom.students.registry import create_student
+from polyp_difom.students.registry import create_student, student_table
 from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load_published, published_key, published_networks
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')/'parity'
@@ -116,3 +116,10 @@ def test_an_import_overwrites_nothing(fails, tmp_path):
     weights = {published_key(k, published_networks['polypdifom_unetpp'][1]): v for k, v in PublishedUNetPlusPlus().state_dict().items()}
     torch.save(weights, tmp_path/'weights.pth')
     assert 'exists already' in fails('import', 'polypdifom_unetpp', tmp_path/'weights.pth', '--out', tmp_path/'run')
+
+
+def test_the_table_of_students_names_what_can_be_loaded():
+    names = {published: row['name'] for row in student_table() for published in row['published']}
+    assert set(names) == set(published_networks)
+    made = {published: network.create.args[0] for published, network in published_networks.items() if network.create is not PublishedUNetPlusPlus}
+    assert names == made | dict(polypdifom_unetpp='unetpp')

@@ -46,7 +46,8 @@ U-Net++ + Ours,9.6,66.4,84.9 76.5 84.1 95.1 91.7 4.6,91.0 85.1 92.1 98.6 97.4 1.
 PraNet + Ours,31.4,13.5,91.2 84.7 89.2 96.2 93.4 2.8,95.3 91.2 94.9 99.6 98.9 0.8,90.0 83.0 89.7 97.3 98.6 0.6,75.3 67.2 73.4 89.1 85.8 3.8,73.0 62.3 67.2 89.1 84.0 1.6
 EMCADNet + Ours,27.2,22.7,90.9 85.9 90.9 96.8 94.5 2.6,95.8 91.9 95.3 99.6 99.0 0.7,88.9 80.5 86.7 97.4 94.4 1.0,77.6 69.8 77.5 92.7 88.7 3.9,75.9 68.0 74.6 91.9 88.3 2.5
 '''
-_paper_names = dict(unet='U-Net', unetpp='U-Net++', pranet='PraNet', emcadnet='EMCADNet')
+_paper_names = dict(unet='U-Net', unetpp='U-Net++', pranet='PraNet', emcadnet='EMCADNet', sanet='SANet', msnet='MSNet', m2snet='M2SNet', polyp_pvt='Polyp-PVT',
+                    pvt_cascade='PVT-Cascade', ctnet='CTNet', meganet='MEGANet', cfanet='CFA-Net', sam_mamba='SAM-Mamba')
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #ff55034d
 def published_methods() -> dict: # method -> parameters (millions), operations (10^9), sets: set -> score -> percent
