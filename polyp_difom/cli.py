@@ -385,7 +385,7 @@ def _is_flat(folder:str) -> bool:
 
 def _score_methods(predictions, masks, above, table, overwrite) -> dict:
     "Score the maps of each method, and print a table for each test set, with the published rows."
-    from polyp_difom.evaluation.report import methods_rows, score_methods, write_methods
+    from polyp_difom.evaluation.methods import methods_rows, score_methods, write_methods
     if table: _check_table(table, overwrite)
     found = score_methods(predictions, masks, above)
     for name, rows in methods_rows(found).items(): _print_table(rows, name)

@@ -1,0 +1,128 @@
+"""Every network of the registry: a smoke run on real images, distilled and undistilled, and what a forward and a training step cost at 352 px.
+
+    python benchmarks/networks.py DATA WEIGHTS [--test DATA2 …] [--out runs/networks] [--only runs | times | table]
+
+DATA is a data set in the PraNet layout, DATA2 a further one to be scored on, WEIGHTS the MobileNetV2 checkpoint of ImageNet in timm's key
+names (the teacher). `runs` extracts, trains both arms of each network side by side (a thread each) and scores them on every test set; an
+interrupted run goes on. `times` measures each network alone on a quiet machine, as benchmarks/students.py does, with the same loss for all:
+BCE + Dice of each output. `table` gathers what is there. Without --only all three. Writes benchmarks/results/networks.json and networks.png.
+"""
+import argparse
+import csv
+import json
+import os
+import shlex
+import sys
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from common import RESULTS, processor, run, versions
+from students import ceiling, machine, measure
+
+from polyp_difom.core import atomic_path
+from polyp_difom.evaluation.report import published
+from polyp_difom.students.registry import list_students, student_table
+
+BUDGET = '--preset best --size 128 --epochs 1 1 1 --steps 20 --batch-size 8 --augment paper --scales 1 1 1 --no-pretrained --seed 0'
+STUDENTS = [name for name in list_students() if name != 'smp/']
+NARROW = dict(unet='unet,width=16', unetpp='unetpp,width=8') # as in benchmarks/students_short.py
+ARMS = ('distilled', 'undistilled')
+MODES = dict(fp32='eager', channels_last='channels_last', bf16='bf16')
+UNSEEN = ('CVC-300', 'CVC-ColonDB', 'ETIS-LaribPolypDB')
+
+
+def commands(data, tests, weights, out):
+    "The command lines, step by step; those of one step run at the same time."
+    teacher = f'timm/mobilenetv2_100={weights},pad_type=same,mean=0.502,std=0.502'
+    steps = [[f'polyp-difom extract {data} --teacher {teacher} --out {out}/features']]
+    for name in STUDENTS:
+        train = f'polyp-difom train {data} --student {NARROW.get(name, name)} {BUDGET}'
+        steps += [[f'{train} --features {out}/features --out {out}/{name}-distilled', f'{train} --out {out}/{name}-undistilled']]
+        steps += [[f'polyp-difom evaluate {out}/{name}-{arm} {one} --json {out}/{name}-{arm}-{i}.json --overwrite' for arm in ARMS] for i, one in enumerate([data, *tests])]
+    return steps
+
+
+def missing(steps):
+    "Without the evaluations that are there already."
+    written = lambda line: '--json' in line and Path(shlex.split(line)[shlex.split(line).index('--json') + 1]).exists()
+    return [left for step in steps if (left := [line for line in step if not written(line)])]
+
+
+def take_times(out, size, seconds, device):
+    "Measure what is missing, network by network, and keep each at once."
+    file, settings = out/'times.json', machine(device) | dict(size=size, batch=1)
+    held = json.loads(file.read_text()) if file.exists() else {}
+    if held.get('settings') != settings: held = dict(settings=settings, ceiling_gflops=ceiling(device), rows=[])
+    known = {(row['student'], row['mode']) for row in held['rows']}
+    for name, mode in product(STUDENTS, MODES):
+        if (name, mode) in known: continue
+        for row in measure((name, 'plain', 1, MODES[mode]), seconds, size, device):
+            held['rows'].append(row | dict(mode=mode))
+            print(name, mode, row['what'], f'{1000*row["seconds"]:.0f} ms' if 'seconds' in row else row['reason'], flush=True)
+        with atomic_path(file) as path: path.write_text(json.dumps(held, indent=1))
+
+
+def smoke(out, tests):
+    "What came of the runs that are there."
+    rows = {}
+    for name, arm in product(STUDENTS, ARMS):
+        place = out/f'{name}-{arm}'
+        reports = [json.loads(file.read_text()) for i in range(1 + len(tests)) if (file := out/f'{name}-{arm}-{i}.json').exists()]
+        if not reports: continue
+        log = list(csv.DictReader((place/'log.csv').open()))
+        config = json.loads((place/'config.json').read_text())
+        sets = {key: value for report in reports for key, value in report['sets'].items()}
+        rows.setdefault(name, {})[arm] = dict(
+            loss=config['settings']['loss'], precision=config['settings']['precision'], seconds=round(sum(float(row['seconds']) for row in log), 1),
+            seg=[round(float(row['seg']), 4) for row in log], **({'l1': [round(float(row['l1']), 4) for row in log], 'l2': [round(float(row['l2']), 4) for row in log]} if 'l1' in log[-1] else {}),
+            mDice={key: round(value['mDice'], 4) for key, value in sets.items()}, Dice_05={key: round(value['Dice_05'], 4) for key, value in sets.items()},
+            images={key: value['images'] for key, value in sets.items()})
+    return rows
+
+
+def draw(times, path):
+    "Published accuracy on the unseen sets against the time of a forward, measured here."
+    rows, cost = {(row['student'], row['mode']): row for row in times['rows'] if row['what'] == 'forward' and 'seconds' in row}, {row['name']: row for row in student_table()}
+    figure, axis = plt.subplots(figsize=(7, 4), layout='constrained')
+    for name in STUDENTS:
+        figures, found = published(name, False), rows.get((name, 'channels_last'))
+        if not figures or not found: continue
+        dice = 100*sum(figures[one]['mDice'] for one in UNSEEN)/len(UNSEEN)
+        axis.scatter(1000*found['seconds'], dice, s=6*cost[name]['parameters'], alpha=.6, color='C0', lw=0)
+        axis.annotate(name, (1000*found['seconds'], dice), fontsize=8, ha='center', va='bottom', xytext=(0, 5), textcoords='offset points')
+    axis.set(xscale='log', xlabel=f'one forward at {times["settings"]["size"]} px, ms ({times["settings"]["threads"]} threads, float32, channels last)',
+             ylabel='published mDice, percent,\nmean of CVC-300, ColonDB and ETIS', title='Published accuracy, measured cost; area: parameters')
+    axis.margins(.12, .15)
+    figure.savefig(path, dpi=90)
+
+
+def gather(out, data, tests, steps):
+    "All runs and times, how they were made, and on what."
+    times = json.loads((out/'times.json').read_text()) if (out/'times.json').exists() else None
+    result = dict(what='runs: a smoke run, 60 steps of 8 images at 128 px from scratch, one seed, U-Net at width 16 and U-Net++ at width 8. It shows that every network trains, '
+                       'distilled and undistilled, and is scored on real images. It ranks nothing. times: median seconds of one image, random weights, no latents',
+                  command=' '.join(['python', 'benchmarks/networks.py', *sys.argv[1:]]), commands=[line for step in steps for line in step],
+                  machine=dict(processor=processor(), cores=os.cpu_count(), threads_per_run=1), versions=versions(),
+                  students={row['name']: {key: row[key] for key in ('parameters', 'gmacs')} for row in student_table() if row['name'] in STUDENTS},
+                  published={name: {key: value['mDice'] for key, value in published(name, False).items()} for name in STUDENTS}, runs=smoke(out, tests), times=times)
+    RESULTS.mkdir(exist_ok=True)
+    with atomic_path(RESULTS/'networks.json') as path: path.write_text(json.dumps(result, indent=1) + '\n')
+    if times: draw(times, RESULTS/'networks.png')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data'); parser.add_argument('weights')
+    parser.add_argument('--test', action='append', default=[], help='a further data set to be scored on')
+    parser.add_argument('--out', type=Path, default=Path('runs/networks'))
+    parser.add_argument('--only', choices=('runs', 'times', 'table'))
+    parser.add_argument('--size', type=int, default=352, help='of the times, in pixels')
+    parser.add_argument('--seconds', type=float, default=3, help='of measuring, for each forward and each training step')
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    steps = commands(given.data, given.test, given.weights, given.out)
+    if given.only in (None, 'runs'): run(missing(steps))
+    if given.only in (None, 'times'): take_times(given.out, given.size, given.seconds, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+    gather(given.out, given.data, given.test, steps)
