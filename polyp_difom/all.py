@@ -19,6 +19,7 @@ from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.published import import_published, load_published
 from polyp_difom.show.figures import show_frequency, show_log, show_pairs, show_split, show_targets
+from polyp_difom.show.flow import show_flow, trace_flow
 from polyp_difom.show.label import label_frames
 from polyp_difom.show.widgets import compare, inspect_frequency, inspect_predictions, inspect_training
 from polyp_difom.students.blocks import Student, register_student
@@ -34,12 +35,11 @@ from polyp_difom.training.learner import difom_learner
 from polyp_difom.training.losses import latent_losses, losses
 from polyp_difom.training.runs import TrainConfig, resume, train
 
-__all__ = ['Design', 'Distillation', 'EncoderFreeze', 'EpochSeed', 'FeatureStore', 'InputError', 'Layout', 'Pair', 'PhaseSchedule', 'PolypDataset', 'PolypDiFoM',
-           'SegmentationMetrics', 'SoftMasks', 'Student', 'TargetConfig', 'TargetWatch', 'Teacher', 'TrainConfig', 'adapt', 'build_targets', 'check',
-           'compare', 'convert', 'create_student', 'create_teacher', 'demo', 'dice_score', 'difom_learner', 'evaluate', 'export_onnx', 'extract',
-           'import_published', 'inspect_frequency', 'inspect_predictions', 'inspect_training', 'label_frames', 'latent_losses', 'list_images',
-           'list_pairs', 'list_recipes', 'list_students', 'list_teachers', 'load_model', 'load_predictor', 'load_published', 'losses',
-           'make_synthetic', 'polyp_dataloaders', 'predict_files', 'read_image', 'read_mask', 'read_results', 'read_run', 'register_student',
-           'register_teacher', 'reproduce', 'resume', 'row_from_maps', 'save_model', 'score_folder', 'score_map', 'show_frequency', 'show_log',
-           'show_pairs', 'show_split', 'show_targets', 'split_frequency', 'split_pairs', 'synthetic_frame', 'test_sets', 'train', 'train_pairs',
-           'verdict', 'write_report']
+__all__ = ['Design', 'Distillation', 'EncoderFreeze', 'EpochSeed', 'FeatureStore', 'InputError', 'Layout', 'Pair', 'PhaseSchedule', 'PolypDataset',
+           'PolypDiFoM', 'SegmentationMetrics', 'SoftMasks', 'Student', 'TargetConfig', 'TargetWatch', 'Teacher', 'TrainConfig', 'adapt', 'build_targets',
+           'check', 'compare', 'convert', 'create_student', 'create_teacher', 'demo', 'dice_score', 'difom_learner', 'evaluate', 'export_onnx', 'extract',
+           'import_published', 'inspect_frequency', 'inspect_predictions', 'inspect_training', 'label_frames', 'latent_losses', 'list_images', 'list_pairs',
+           'list_recipes', 'list_students', 'list_teachers', 'load_model', 'load_predictor', 'load_published', 'losses', 'make_synthetic',
+           'polyp_dataloaders', 'predict_files', 'read_image', 'read_mask', 'read_results', 'read_run', 'register_student', 'register_teacher', 'reproduce',
+           'resume', 'row_from_maps', 'save_model', 'score_folder', 'score_map', 'show_flow', 'show_frequency', 'show_log', 'show_pairs', 'show_split',
+           'show_targets', 'split_frequency', 'split_pairs', 'synthetic_frame', 'test_sets', 'trace_flow', 'train', 'train_pairs', 'verdict', 'write_report']

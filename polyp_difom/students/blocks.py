@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'student_registry', 'pad_to_multiple', 'SideOutputs', 'as_outputs', 'crop', 'Student', 'eval_mode',
-           'measure_maps', 'encoder_modules', 'encoder_parameters', 'ConvNormReLU', 'DoubleConv', 'pyramid', 'ConvNorm',
-           'resize_to', 'resize_aligned', 'double', 'PartialDecoder', 'ChannelAttention', 'SpatialAttention',
-           'register_student', 'try_network', 'backbone_file', 'timm_encoder', 'fill_from_file', 'pvt_encoder']
+           'check_student', 'measure_maps', 'encoder_modules', 'encoder_parameters', 'ConvNormReLU', 'DoubleConv',
+           'pyramid', 'ConvNorm', 'resize_to', 'resize_aligned', 'double', 'PartialDecoder', 'ChannelAttention',
+           'SpatialAttention', 'register_student', 'try_network', 'backbone_file', 'timm_encoder', 'fill_from_file',
+           'pvt_encoder']
 
 # %% ../../nbs/04_students/00_blocks.ipynb #90a66764
 import warnings
@@ -89,6 +90,11 @@ def _blank_image(module:nn.Module, size:int): # (1, 3, size, size), where the mo
     return torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
 
 # %% ../../nbs/04_students/00_blocks.ipynb #7bb2200f
+def check_student(student):
+    "Raises `InputError` for a network without `encode` or `decode`."
+    for method in ('encode', 'decode'):
+        if not hasattr(student, method): raise InputError(f'student {type(student).__name__}: has no method {method}; give it encode(image) -> maps and decode(maps) -> logits')
+
 @torch.no_grad()
 def measure_maps(
     student:nn.Module, # with `encode`
@@ -96,13 +102,11 @@ def measure_maps(
 ) -> tuple: # channels, strides of the maps, fine to coarse
     "Channels and strides of a student: its own word, or measured. Raises `InputError`."
     if hasattr(student, 'channels') and hasattr(student, 'strides'): return list(student.channels), list(student.strides)
-    name = type(student).__name__
-    for method in ('encode', 'decode'):
-        if not hasattr(student, method): raise InputError(f'student {name}: has no method {method}; give it encode(image) -> maps and decode(maps) -> logits')
+    check_student(student)
     try:
         with eval_mode(student): maps = student.encode(_blank_image(student, size))
     except RuntimeError as error:
-        raise InputError(f'student {name}: encode fails on a {size}x{size} image ({str(error).splitlines()[0][:80]}); give it `channels` and `strides`') from None
+        raise InputError(f'student {type(student).__name__}: encode fails on a {size}x{size} image ({str(error).splitlines()[0][:80]}); give it `channels` and `strides`') from None
     return [m.shape[1] for m in maps], [size//m.shape[-1] for m in maps]
 
 # %% ../../nbs/04_students/00_blocks.ipynb #28fe7d16
