@@ -380,8 +380,8 @@ def _score_maps(run, predictions, masks, above, table, overwrite) -> dict:
 
 # %% ../nbs/13_cli.ipynb #2d432047
 def _is_flat(folder:str) -> bool:
-    "No folders inside, as far as one can look?"
-    return not Path(folder).is_dir() or not any(path.is_dir() for path in Path(folder).iterdir())
+    "Maps of one set, and no `NAME=FOLDER`?"
+    return not any(path.is_dir() for path in Path(folder).iterdir()) if Path(folder).is_dir() else '=' not in folder
 
 def _score_methods(predictions, masks, above, table, overwrite) -> dict:
     "Score the maps of each method, and print a table for each test set, with the published rows."
