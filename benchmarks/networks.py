@@ -6,6 +6,7 @@ DATA is a data set in the PraNet layout, DATA2 a further one to be scored on, WE
 names (the teacher). `runs` extracts, trains both arms of each network side by side (a thread each) and scores them on every test set; an
 interrupted run goes on. `times` measures each network alone on a quiet machine, as benchmarks/students.py does, with the same loss for all:
 BCE + Dice of each output. `table` gathers what is there. Without --only all three. Writes benchmarks/results/networks.json and networks.png.
+(The runs and features that precision.json and collapse.json name as runs/students-short were made by an earlier script like this one.)
 """
 import argparse
 import csv
@@ -27,7 +28,7 @@ from polyp_difom.students.registry import list_students, student_table
 
 BUDGET = '--preset best --size 128 --epochs 1 1 1 --steps 20 --batch-size 8 --augment paper --scales 1 1 1 --no-pretrained --seed 0'
 STUDENTS = [name for name in list_students() if name != 'smp/']
-NARROW = dict(unet='unet,width=16', unetpp='unetpp,width=8') # as in benchmarks/students_short.py
+NARROW = dict(unet='unet,width=16', unetpp='unetpp,width=8')
 ARMS = ('distilled', 'undistilled')
 MODES = dict(fp32='eager', channels_last='channels_last', bf16='bf16')
 UNSEEN = ('CVC-300', 'CVC-ColonDB', 'ETIS-LaribPolypDB')
