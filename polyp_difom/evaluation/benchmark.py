@@ -73,11 +73,11 @@ def _versions() -> dict:
     "Versions of what decides a score."
     return dict(polyp_difom=__version__) | {name: version(name) for name in ('torch', 'pysodmetrics', 'numpy', 'pillow')}
 
-def _command(run, data, layout:Layout, corrected:bool) -> str:
+def _command(run, data, layout:Layout, corrected:bool=False) -> str:
     "The command that makes this evaluation."
     return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout), '--probability-correction'*corrected]))
 
-def _describe(run, data, layout:Layout, settings:dict, corrected:bool) -> dict:
+def _describe(run, data, layout:Layout, settings:dict, corrected:bool=False) -> dict:
     "What is evaluated."
     kept = {key: settings[key] for key in ('student', 'options', 'distilled', 'size', 'seed')}
     return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout, corrected)), data=printable(data), probability_correction=corrected,
@@ -98,7 +98,7 @@ def _draw_picture(*what, **options): # PNG, or None
     except Exception as error: warnings.warn(f'{options["title"]}: no picture ({error})')
     else: return content.getvalue()
 
-def _evaluate_set(model, pairs, size, above, name, corrected) -> tuple: # summary, file name -> content
+def _evaluate_set(model, pairs, size, above, name, corrected=False) -> tuple: # summary, file name -> content
     "Scores of a set, and what is to be written of it."
     summary, per_image = score_set(model, pairs, size, above, name, corrected)
     picture = _draw_picture(model, pairs, per_image['Dice_05'].to_numpy(), size, title=name, above=above)
@@ -150,7 +150,7 @@ def evaluate(
     model = model.to(find_device(device))
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     check_sets(sets, layout.mask_above)
-    report, seen, beside, written = _describe(run, data, layout, settings, probability_correction) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled']), {}
+    report, seen, beside, written = _describe(run, data, layout, settings, probability_correction) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled'], settings['options'].get('backbone')), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name, probability_correction)
         known_by, images = hash_pairs(pairs)

@@ -48,6 +48,7 @@ EMCADNet + Ours,27.2,22.7,90.9 85.9 90.9 96.8 94.5 2.6,95.8 91.9 95.3 99.6 99.0 
 '''
 _paper_names = dict(unet='U-Net', unetpp='U-Net++', pranet='PraNet', emcadnet='EMCADNet', sanet='SANet', msnet='MSNet', m2snet='M2SNet', polyp_pvt='Polyp-PVT',
                     pvt_cascade='PVT-Cascade', ctnet='CTNet', meganet='MEGANet', cfanet='CFA-Net', sam_mamba='SAM-Mamba')
+_paper_backbones = dict(emcadnet='pvt_v2_b2', polyp_pvt='pvt_v2_b2', pvt_cascade='pvt_v2_b2', ctnet='mit_b3', meganet='res2net50d')
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #ff55034d
 def published_methods() -> dict: # method -> parameters (millions), operations (10^9), sets: set -> score -> percent
@@ -58,9 +59,11 @@ def published_methods() -> dict: # method -> parameters (millions), operations (
 
 def published(
     student:str, # registry name
-    distilled:bool
+    distilled:bool,
+    backbone:str=None # if one is asked for
 ) -> dict: # set -> metric -> fraction in 0..1
-    "Figures of the Polyp-DiFoM paper for a student; empty if it has none."
+    "Figures of the Polyp-DiFoM paper for a student; empty if it has none, or has them with another backbone."
+    if backbone not in (None, _paper_backbones.get(student)): return {}
     method = f"{_paper_names.get(student)}{' + Ours'*bool(distilled)}"
     return {name: {key: round(value/100, 4) for key, value in scores.items()} for name, scores in published_methods().get(method, dict(sets={}))['sets'].items()}
 
