@@ -53,15 +53,15 @@ def cpu_seconds_of_others():
     return (user + nice + system + sum(interrupts_and_stolen))/os.sysconf('SC_CLK_TCK') - time.process_time()
 
 
-def timings(work, seconds, device):
-    "Seconds of the warm-up; of each repeat (ten, or as many as `seconds` hold, at least one); cores that others used meanwhile."
+def timings(work, seconds, device, least=1):
+    "Seconds of the warm-up; of each repeat (ten, or as many as `seconds` hold, at least `least`); cores that others used meanwhile."
     def once():
         start = time.perf_counter()
         work()
         if device.type == 'cuda': torch.cuda.synchronize(device)
         return time.perf_counter() - start
     warm_up, repeats, others, start = once(), [], cpu_seconds_of_others(), time.perf_counter()
-    while not repeats or (sum(repeats) < seconds and len(repeats) < 10): repeats.append(once())
+    while len(repeats) < least or (sum(repeats) < seconds and len(repeats) < 10): repeats.append(once())
     others = (cpu_seconds_of_others() - others)/(time.perf_counter() - start)
     return warm_up, repeats, None if math.isnan(others) else round(max(others, 0), 2)
 
@@ -146,13 +146,13 @@ def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation,
 
 @lru_cache
 def flops(student, variant, size, device):
-    "GFLOP of one image: of a forward, and of a training step."
-    runner = Runner(fresh_model(student, variant, size, device), 'eager', 1, size, device)
+    "GFLOP of one image: of a forward, and of a training step, which is one of two images, for CFA-Net learns from no single one."
+    runner = Runner(fresh_model(student, variant, size, device), 'eager', 2, size, device)
     counted, mapping = {}, {torch.ops.aten.convolution_backward: convolution_backward_flops}
     for what in STEPS:
         runner.model.train(what == 'train')
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter: getattr(runner, what)()
-        counted[what] = counter.get_total_flops()/1e9
+        counted[what] = counter.get_total_flops()/2e9
     return counted
 
 

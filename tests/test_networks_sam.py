@@ -174,7 +174,7 @@ def test_it_trains_distilled_and_undistilled_and_saves_nothing_of_the_teachers(l
 
 def test_two_stages_as_published_and_a_frozen_encoder(data):
     "First the pseudo-mask teaches prior and adapters, then the prediction teaches the decoder, too; SAM's encoder is the same in the end."
-    whole = lambda i: whole_outputs(lambda outputs, mask: structure_loss(outputs[i], mask, weighted=True))
+    whole = lambda i: whole_outputs()(lambda outputs, mask: structure_loss(outputs[i], mask, weighted=True))
     pairs, student = train_pairs(data), small()
     dls = polyp_dataloaders(PolypDataset(pairs[:4], 64), PolypDataset(pairs[4:6], 64), 2, (1.,), torch.device('cpu'))
     learn = difom_learner(dls, PolypDiFoM(student), whole(0))

@@ -13,7 +13,7 @@ from polyp_difom.students.registry import create_student, list_students, safe_st
     ('unet', dict(width=10**9), 'student unet: option width takes a number up to 65536'), ('unet', dict(width=float('nan')), 'option width takes'),
     ('unet', dict(width=4096), 'student unet: 70.7 thousand million parameters'), ('unet', dict(channels=3), 'student unet: unknown option channels'),
     ('unetpp', dict(deep_supervision='no'), 'deep_supervision is no; choose True or False'),
-    ('emcadnet', dict(backbone='resnet18'), 'backbone resnet18 does not give four maps'), ('emcadnet', dict(backbone='hf-hub:x/y'), 'unknown timm network hf-hub:x/y'),
+    ('emcadnet', dict(backbone='resnet18'), 'backbone resnet18 does not give 4 maps'), ('emcadnet', dict(backbone='hf-hub:x/y'), 'unknown timm network hf-hub:x/y'),
     ('emcadnet', dict(backbone=['a']), 'unknown timm network'), ('emcadnet', dict(activation='gelu'), 'choose relu or relu6'), ('emcadnet', dict(pretrained=[1]), 'give True for the weights of the hub'),
     ('smp/Unet-resnet18', dict(decoder_channels=[0]*5), 'smp/Unet-resnet18: cannot be made with these options'),
     ('smp/FPN-resnet18', dict(upsampling=1000), r'gives logits \(1, 1, 32000, 32000\)'),

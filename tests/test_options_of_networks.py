@@ -3,15 +3,21 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from polyp_difom.core import InputError
 from polyp_difom.data.augment import Augment
 from polyp_difom.deploy.predictor import load_predictor
+from polyp_difom.evaluation.report import published
+from polyp_difom.students.blocks import SideOutputs, student_registry
+from polyp_difom.students.registry import create_student, list_students
+from polyp_difom.training.losses import losses, output_loss, structure_loss
 from polyp_difom.training.lossnet import lossnet_loss
 from polyp_difom.training.runs import read_log, resume, train
 from polyp_difom.weights import read_tensors
@@ -134,3 +140,59 @@ def test_methods_that_cannot_be_told_apart_or_lack_maps_are_refused(methods, fai
     assert 'no masks for the maps of Kvasir' in fails('evaluate', '--predictions', maps/'plain', '--masks', maps)
     next((maps/'plain'/'Kvasir').iterdir()).unlink()
     assert '1 of 3 masks have no prediction' in fails('evaluate', '--predictions', maps/'plain', '--masks', data)
+
+
+LOSS_OF_AUTHORS = dict(unet='bce-dice', unetpp='bce-dice', pranet='structure', emcadnet='structure', sanet='bce-dice', msnet='structure', m2snet='structure', polyp_pvt='structure',
+                       pvt_cascade='structure', ctnet='ctnet', meganet='meganet', cfanet='cfanet', sam_mamba='structure-weighted', **{'timm-unet': 'bce-dice'})
+
+
+def test_every_network_is_trained_by_default_with_the_loss_that_this_table_names():
+    assert {name: kind.loss for name, kind in student_registry.items() if name in LOSS_OF_AUTHORS} == LOSS_OF_AUTHORS
+    assert {*LOSS_OF_AUTHORS} == {*list_students()} - {'smp/'} and {*LOSS_OF_AUTHORS.values()} <= {*losses}
+
+
+def test_a_loss_that_needs_what_a_network_does_not_give_is_refused(data, tmp_path, fails):
+    for loss, lacks in (('cfanet', 'outline'), ('ctnet', 'embedding'), ('cfanet-weighted', 'outline'), ('meganet', 'side2')):
+        line = fails('train', data, '--student', 'unet,width=2', '--size', 32, '--loss', loss, '--out', tmp_path/'run', '--device', 'cpu')
+        assert f'needs {lacks} beside the logits, which UNet does not give' in line and not (tmp_path/'run').exists()
+
+
+def test_a_run_of_a_partial_goes_on_with_the_same_settings_alone(data, tmp_path):
+    loss = partial(structure_loss, weighted=True)
+    run = train(data, tmp_path/'run', loss=loss, **SHORT)
+    assert json.loads((run/'config.json').read_text())['settings']['loss'] == 'polyp_difom.training.losses:structure_loss(weighted=True)'
+    with pytest.raises(InputError, match='cannot be resumed with another loss'): resume(run, epochs=(0, 2, 0), loss=partial(structure_loss, weighted=False), device='cpu')
+    resume(run, epochs=(0, 2, 0), loss=partial(structure_loss, weighted=True), device='cpu')
+
+
+def test_a_network_that_learns_from_two_images_says_so_before_anything_is_written(data, tmp_path, fails):
+    line = fails('train', data, '--student', 'cfanet,width=8', '--no-pretrained', '--size', 32, '--batch-size', 1, '--out', tmp_path/'run', '--device', 'cpu')
+    assert 'learns from 2 images at a time or more' in line and not (tmp_path/'run').exists()
+
+
+def test_the_classes_of_the_contrastive_loss_are_cut_or_as_the_mask_has_them():
+    torch.manual_seed(0)
+    outputs = SideOutputs([torch.randn(2, 1, 64, 64)], embedding=F.normalize(torch.randn(2, 8, 16, 16), dim=1))
+    mask = torch.zeros(2, 1, 64, 64); mask[..., 8:40, 8:40] = 1
+    soft = torch.where(F.avg_pool2d(mask, 9, 1, 4) % 1 > 0, torch.where(mask > 0, .75, .25), mask) # a border of two greys
+    def value(name, mask, seed=1):
+        torch.manual_seed(seed)
+        return output_loss(outputs, mask, name)
+    cut = (soft > .5).float()
+    contrast = {name: value(name, soft) - sum(structure_loss(one, soft) for one in outputs) for name in ('ctnet', 'ctnet-published')}
+    torch.testing.assert_close(contrast['ctnet'], value('ctnet', cut) - sum(structure_loss(one, cut) for one in outputs))
+    assert not torch.isclose(contrast['ctnet'], contrast['ctnet-published'], atol=1e-3)
+    torch.testing.assert_close(value('ctnet-weighted', mask) - value('ctnet', mask), structure_loss(outputs[0], mask, weighted=True) - structure_loss(outputs[0], mask))
+
+
+def test_sanet_enlarges_its_logits_with_corners_aligned():
+    torch.manual_seed(0)
+    net, x = create_student('sanet', pretrained=False).eval(), torch.randn(1, 3, 64, 96)
+    with torch.no_grad(): torch.testing.assert_close(net(x), F.interpolate(net.published_outputs(x)[0], (64, 96), mode='bilinear', align_corners=True))
+
+
+def test_published_figures_stand_beside_the_published_network_alone():
+    assert published('meganet', False)['Kvasir']['mDice'] == .913 and published('meganet', False, dict(backbone='res2net50d', pretrained='x.pth'))
+    for name, options in (('meganet', dict(backbone='resnet34')), ('sam_mamba', dict(variant='tiny')), ('unet', dict(width=16)), ('emcadnet', dict(backbone='pvt_v2_b0'))):
+        assert published(name, False, options) == {}, name
+    assert not any(published(name, True) for name in ('sanet', 'ctnet', 'cfanet', 'sam_mamba'))

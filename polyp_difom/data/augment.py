@@ -186,9 +186,10 @@ def _mix(batch:tuple, share:float) -> tuple:
 
 # %% ../../nbs/01_data/04_augment.ipynb #79ef0c94
 def _exchange_colours(batch:tuple, share:float) -> tuple:
-    "A part of the images in the colours of others of the batch."
+    "A part of the images, each in the colours of another one of the batch."
     image, *rest = batch
-    chosen, partner = _some(len(image), share).bool(), torch.randperm(len(image))
+    chosen, order, partner = _some(len(image), share).bool(), torch.randperm(len(image)), torch.empty(len(image), dtype=torch.int64)
+    partner[order] = order.roll(1) # never the image itself, but in a batch of one
     if not chosen.any(): return batch
     recoloured = image.clone()
     recoloured[chosen] = colour_exchange(image[chosen], image[partner[chosen]])

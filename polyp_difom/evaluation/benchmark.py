@@ -150,7 +150,7 @@ def evaluate(
     model = model.to(find_device(device))
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     check_sets(sets, layout.mask_above)
-    report, seen, beside, written = _describe(run, data, layout, settings, probability_correction) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled'], settings['options'].get('backbone')), {}
+    report, seen, beside, written = _describe(run, data, layout, settings, probability_correction) | dict(sets={}), seen_images(run), published(settings['student'], settings['distilled'], settings['options']), {}
     for name, pairs in sets.items():
         summary, files = _evaluate_set(model, pairs, settings['size'], layout.mask_above, name, probability_correction)
         known_by, images = hash_pairs(pairs)

@@ -8,7 +8,7 @@ __all__ = ['published_methods', 'published', 'report_note', 'report_rows', 'mark
            'shared_sequences', 'set_remarks', 'set_notes', 'draw_gains', 'draw_wins', 'draw_sizes', 'write_report']
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #afc2f089
-import csv, re
+import csv, inspect, re
 from collections import Counter
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from ..core import InputError, name_some, atomic_path, disk_full_error, printable
 from ..data.sequences import named_sequence
 from ..deploy.predictor import seen_note
+from ..students.blocks import student_registry
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
 from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
@@ -48,7 +49,6 @@ EMCADNet + Ours,27.2,22.7,90.9 85.9 90.9 96.8 94.5 2.6,95.8 91.9 95.3 99.6 99.0 
 '''
 _paper_names = dict(unet='U-Net', unetpp='U-Net++', pranet='PraNet', emcadnet='EMCADNet', sanet='SANet', msnet='MSNet', m2snet='M2SNet', polyp_pvt='Polyp-PVT',
                     pvt_cascade='PVT-Cascade', ctnet='CTNet', meganet='MEGANet', cfanet='CFA-Net', sam_mamba='SAM-Mamba')
-_paper_backbones = dict(emcadnet='pvt_v2_b2', polyp_pvt='pvt_v2_b2', pvt_cascade='pvt_v2_b2', ctnet='mit_b3', meganet='res2net50d')
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #ff55034d
 def published_methods() -> dict: # method -> parameters (millions), operations (10^9), sets: set -> score -> percent
@@ -57,17 +57,28 @@ def published_methods() -> dict: # method -> parameters (millions), operations (
     scores = lambda parts: {name: dict(zip(_paper_scores, map(float, part.split()))) for name, part in zip(_paper_sets, parts)}
     return {method: dict(parameters=float(parameters), operations=float(operations), sets=scores(parts)) for method, parameters, operations, *parts in rows}
 
+def _is_usual(student:str, options:dict) -> bool:
+    "Is the network the one that was published, and not a narrower one, say? Weights and the kind of ReLU make no other one."
+    usual = {name: parameter.default for name, parameter in inspect.signature(student_registry[student]).parameters.items()}
+    return all(usual.get(name) == value for name, value in options.items() if name not in ('pretrained', 'activation'))
+
 def published(
     student:str, # registry name
     distilled:bool,
-    backbone:str=None # if one is asked for
+    options:dict=None # of the student
 ) -> dict: # set -> metric -> fraction in 0..1
-    "Figures of the Polyp-DiFoM paper for a student; empty if it has none, or has them with another backbone."
-    if backbone not in (None, _paper_backbones.get(student)): return {}
+    "Figures of the Polyp-DiFoM paper for a student; empty if it has none, or has them with other options."
+    if student not in _paper_names or not _is_usual(student, options or {}): return {}
     method = f"{_paper_names.get(student)}{' + Ours'*bool(distilled)}"
     return {name: {key: round(value/100, 4) for key, value in scores.items()} for name, scores in published_methods().get(method, dict(sets={}))['sets'].items()}
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #80f43f45
+def _how_published(report:dict) -> str:
+    "What the published figures beside a report's are."
+    if _paper_names[report['student']] + ' + Ours' in published_methods(): return 'paper: 352 px, 120 epochs'
+    corrected = ', with probability correction' if report['student'] == 'sanet' else ''
+    return f'their authors\' training, as the Polyp-DiFoM paper prints them{corrected}'
+
 def report_note(
     report:dict # as from `evaluate`
 ) -> str:
@@ -76,7 +87,7 @@ def report_note(
     length = f'{report["epochs"]} epoch{"s"*(report["epochs"] > 1)}' if report['epochs'] else 'published weights'
     parts = [report['student'], 'distilled' if report['distilled'] else 'undistilled', f'{report["size"]} px', length]
     if report.get('probability_correction'): parts.append('probability correction')
-    if any(scores['published'] for scores in sets): parts.append('ours/published (paper: 352 px, 120 epochs)')
+    if any(scores['published'] for scores in sets): parts.append(f'ours/published ({_how_published(report)})')
     empty = sum(scores['empty'] for scores in sets)
     frames = f'; {empty} of {sum(scores["images"] for scores in sets)} frames hold no polyp: their Dice_05 is 1 if nothing is predicted, else 0' if empty else ''
     seen = sum(scores.get('trained_on', 0) for scores in sets)
@@ -352,7 +363,7 @@ _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
     "The verdict uses intervals that hold for all unseen sets at once with 95 %, for each arm by itself: of {arms} arms without effect luck lets about {luck:.2g} seem to help or to harm. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
-    'Published rows: 352 px, 120 epochs, all labels, which ours need not be; Em is the maximum of the curve for ours, and not told for theirs.')
+    'Published rows: U-Net to EMCADNet and "+ Ours" 352 px, 120 epochs, all labels, which ours need not be; the others are of their authors\' own training, sizes and epochs. Em is the maximum of the curve for ours, and not told for theirs.')
 
 def _markdown(said, tables, notes, figures, design, arms:int) -> str: # `arms`: that might help, of all students
     how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, arms=arms, luck=.05*arms)

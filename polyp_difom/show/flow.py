@@ -297,7 +297,8 @@ def place(self:Page) -> float: # the bottom
 # %% ../../nbs/09_show/06_flow.ipynb #f28ad69f
 def _curve(path:list, x:float, y:float):
     "Add a curve from the path's last point, level at both ends."
-    (x0, y0), middle = path[-1][0], (path[-1][0][0] + x)/2
+    (before, y0), _ = path[-1]
+    middle = (before + x)/2
     path += [((middle, y0), Line.CURVE4), ((middle, y), Line.CURVE4), ((x, y), Line.CURVE4)]
 
 @patch

@@ -6,8 +6,8 @@
 __all__ = ['imagenet_stats', 'student_registry', 'pad_to_multiple', 'SideOutputs', 'as_outputs', 'crop', 'Student', 'eval_mode',
            'check_student', 'measure_maps', 'encoder_modules', 'encoder_parameters', 'ConvNormReLU', 'DoubleConv',
            'pyramid', 'ConvNorm', 'resize_to', 'resize_aligned', 'double', 'PartialDecoder', 'ChannelAttention',
-           'SpatialAttention', 'register_student', 'try_network', 'backbone_file', 'timm_encoder', 'fill_from_file',
-           'pvt_encoder']
+           'SpatialAttention', 'register_student', 'try_network', 'backbone_file', 'timm_encoder', 'channels_at',
+           'fill_from_file', 'pvt_encoder']
 
 # %% ../../nbs/04_students/00_blocks.ipynb #90a66764
 import warnings
@@ -68,6 +68,7 @@ class Student(nn.Module):
     channels:list # of the maps of `encode`, fine to coarse
     strides:list # likewise
     loss = 'bce-dice' # what it is trained with by default, a name in `losses`
+    least_batch = 1 # images that it needs in a training step
 
     def encode(self, x): raise NotImplementedError # (B, 3, H, W) normalised -> [f1 … fn], fine to coarse
     def decode(self, features): raise NotImplementedError # [f1 … fn] -> logits (B, 1, H, W), or a list of them, or `SideOutputs`
@@ -293,6 +294,17 @@ def timm_encoder(
     except Exception as error:
         if not pretrained: raise InputError(f'backbone {name}: {" ".join(str(error).split())[:200]}') from None
         raise hub_error(name, error) from None
+
+# %% ../../nbs/04_students/00_blocks.ipynb #bd4661b1
+def channels_at(
+    strides:list, # that a decoder takes, fine to coarse
+    encoder:nn.Module, # as from `timm_encoder`
+    what:str, # it is, for the error, as `student emcadnet: backbone resnet18`
+    like:str # backbones that have them
+) -> list: # channels of the maps
+    "Channels of a backbone's maps. Raises `InputError` for maps that are not (B, C, h, w), or at other strides."
+    if encoder.feature_info.reduction() == list(strides) and getattr(encoder, 'output_fmt', 'NCHW') == 'NCHW': return encoder.feature_info.channels()
+    raise InputError(f'{what} does not give {len(strides)} maps (B, C, h, w) at strides {", ".join(map(str, strides))}; choose one like {like}')
 
 # %% ../../nbs/04_students/00_blocks.ipynb #6435db60
 def fill_from_file(

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError
-from .blocks import ChannelAttention, SpatialAttention, Student, register_student, timm_encoder
+from .blocks import ChannelAttention, SpatialAttention, Student, channels_at, register_student, timm_encoder
 
 # %% ../../nbs/04_students/04_emcad.ipynb #92b964ea
 def _shuffle_channels(
@@ -73,7 +73,7 @@ class EMCADNet(Student):
         super().__init__()
         if activation not in ('relu', 'relu6'): raise InputError(f'student emcadnet: activation {activation}: choose relu or relu6')
         self.encoder = timm_encoder(backbone, pretrained, drop_path_rate=0.1)
-        self.channels = c = _four_maps(backbone, self.encoder, self.strides)
+        self.channels = c = channels_at(self.strides, self.encoder, f'student emcadnet: backbone {backbone}', 'pvt_v2_b2 or convnext_tiny')
         self.channel_attention = nn.ModuleList(ChannelAttention(n) for n in c)
         self.spatial_attention = SpatialAttention() # one for all stages
         self.multiscale = nn.ModuleList(MultiScale(n, dict(relu=nn.ReLU, relu6=nn.ReLU6)[activation]) for n in c)
@@ -82,12 +82,6 @@ class EMCADNet(Student):
         self.heads = nn.ModuleList(nn.Conv2d(n, 1, 1) for n in c)
 
     def encode(self, x): return self.encoder(x)
-
-# %% ../../nbs/04_students/04_emcad.ipynb #a03270e9
-def _four_maps(backbone, encoder, strides) -> list: # channels
-    "Raises `InputError` for a backbone whose maps are not what the decoder takes."
-    if encoder.feature_info.reduction() == strides and getattr(encoder, 'output_fmt', 'NCHW') == 'NCHW': return encoder.feature_info.channels()
-    raise InputError(f'student emcadnet: backbone {backbone} does not give four maps (B, C, h, w) at strides 4, 8, 16, 32; choose one like pvt_v2_b2 or convnext_tiny')
 
 # %% ../../nbs/04_students/04_emcad.ipynb #4dade6c5
 @patch

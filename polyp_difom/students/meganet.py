@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError
-from .blocks import ConvNormReLU, DoubleConv, SideOutputs, Student, double, register_student, resize_aligned, timm_encoder
+from .blocks import ConvNormReLU, DoubleConv, SideOutputs, Student, channels_at, double, register_student, resize_aligned, timm_encoder
 
 # %% ../../nbs/04_students/13_meganet.ipynb #42dab6d1
 def blur(
@@ -75,12 +74,6 @@ class EdgeGuide(nn.Module):
         fused = self.fuse(three_views(edges, features, logits))
         return self.attend(fused*self.mask(fused).sigmoid() + features)
 
-# %% ../../nbs/04_students/13_meganet.ipynb #10c4789c
-def _five_maps(backbone, encoder) -> list: # channels
-    "Raises `InputError` for a backbone whose maps are not what the decoder takes."
-    if encoder.feature_info.reduction() == [2, 4, 8, 16, 32] and getattr(encoder, 'output_fmt', 'NCHW') == 'NCHW': return encoder.feature_info.channels()
-    raise InputError(f'student meganet: backbone {backbone} does not give five maps (B, C, h, w) at strides 2, 4, 8, 16, 32; choose one like res2net50d or resnet34')
-
 # %% ../../nbs/04_students/13_meganet.ipynb #f0ff4fb8
 @register_student('meganet')
 class MEGANet(Student):
@@ -93,7 +86,7 @@ class MEGANet(Student):
     ):
         super().__init__()
         self.encoder = timm_encoder(backbone, pretrained)
-        maps, c = _five_maps(backbone, self.encoder), [64, 64, 128, 256, 512]
+        maps, c = channels_at(self.strides[1:], self.encoder, f'student meganet: backbone {backbone}', 'res2net50d or resnet34'), [64, 64, 128, 256, 512]
         self.channels = [1, *maps]
         self.reduce = nn.ModuleList(nn.Identity() if n == width else ConvNormReLU(n, width) for n, width in zip(maps, c))
         self.guide = nn.ModuleList(EdgeGuide(n) for n in c[:-1])

@@ -82,7 +82,7 @@ _papers = { # student -> network, paper, arXiv, backbone
     'ctnet': ('CTNet', 'Xiao et al., T. Cybernetics 2024', 'unknown', 'MiT-B3'),
     'meganet': ('MEGANet', 'Bui et al., WACV 2024', '2309.03329', 'Res2Net-50'),
     'cfanet': ('CFA-Net', 'Zhou et al., Pattern Rec. 2023', 'unknown', 'Res2Net-50'),
-    'sam_mamba': ('SAM-Mamba', 'Dutta et al., WACV 2025', '2412.08482', 'SAM ViT-B'),
+    'sam_mamba': ('SAM-Mamba, re-created', 'Dutta et al., WACV 2025', '2412.08482', 'SAM ViT-B'),
     'timm-unet': ('A timm backbone', None, None, 'EfficientNet-Lite0'),
     'smp/…': ('Any other student', None, None, 'its own'),
 }
@@ -98,7 +98,7 @@ _costs = { # student -> M parameters, GMACs
 _origins = { # student -> repository, licence of its code, weights for polyps, their licence, names in `published_networks`
     'unet': ('unknown', 'unknown', 'unknown', 'unknown', ()),
     'unetpp': ('MrGiovanni/UNetPlusPlus', 'non-commercial (ASU)', 'unknown', 'unknown', ('polypdifom_unetpp',)),
-    'pranet': ('DengPingFan/PraNet', 'none', 'repository', 'unknown', ('pranet',)),
+    'pranet': ('DengPingFan/PraNet', 'none', 'Google Drive', 'unknown', ('pranet',)),
     'emcadnet': ('SLDGroup/EMCAD', 'UT Austin Research', 'unknown', 'unknown', ('emcadnet_pvt_v2_b2',)),
     'sanet': ('weijun88/SANet', 'MIT', 'file host', 'unknown', ('sanet',)),
     'msnet': ('Xiaoqi-Zhao-DLUT/MSNet', 'none', 'file host', 'unknown', ('msnet',)),
@@ -108,7 +108,7 @@ _origins = { # student -> repository, licence of its code, weights for polyps, t
     'ctnet': ('Fhujinwu/CTNet', 'none', 'none', None, ('ctnet',)),
     'meganet': ('UARK-AICV/MEGANet', 'none', 'Google Drive', 'unknown', ('meganet', 'meganet_r34')),
     'cfanet': ('taozh2017/CFANet', 'research and education', 'Google Drive', 'unknown', ('cfanet',)),
-    'sam_mamba': ('TapasKumarDutta1/SAM_Mamba_2025', 'MIT', 'none', None, ()),
+    'sam_mamba': ('TapasKumarDutta1/SAM_Mamba_2025', 'MIT, without code', 'none', None, ()),
     'timm-unet': (None, 'Apache-2.0', 'none', None, ()),
     'smp/…': ('qubvel-org/segmentation_models.pytorch', 'MIT', 'unknown', 'unknown', ()),
 }

@@ -24,7 +24,7 @@ from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
-from .losses import OutputLoss, loss_makers, losses
+from .losses import OutputLoss, check_needs, loss_makers, losses
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
 import polyp_difom.training.lossnet
@@ -64,6 +64,7 @@ def difom_learner(
     _check_parts(dls, model, distill)
     _check_metrics(metrics)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
+    check_needs(loss_func.loss, model.student)
     watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None)), HeadroomWatch()] if distill else []
     return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 

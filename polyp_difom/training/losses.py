@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['losses', 'loss_makers', 'latent_losses', 'high_losses', 'soft_losses', 'find_loss', 'whole_outputs', 'output_loss',
-           'OutputLoss', 'align_latent', 'find_distances', 'latent_loss', 'soft_mask_loss']
+           'check_needs', 'name_of', 'OutputLoss', 'align_latent', 'find_distances', 'latent_loss', 'soft_mask_loss']
 
 # %% ../../nbs/07_training/01_losses.ipynb #c0e993ff
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import InputError, nearest
-from ..students.blocks import as_outputs
+from ..students.blocks import as_outputs, eval_mode
 
 # %% ../../nbs/07_training/01_losses.ipynb #04fc8216
 def dice_loss(
@@ -71,11 +71,16 @@ def find_loss(
     return known[loss]
 
 def whole_outputs(
-    loss # callable of (`SideOutputs`, mask)
-): # the same
-    "Decorator: a loss that looks at all outputs of a network together, and at what stands beside them."
-    loss.whole_outputs = True
-    return loss
+    *needs # names of maps beside the logits, without which it would be another loss in training
+): # decorator of a callable of (`SideOutputs`, mask)
+    "A loss that looks at all outputs of a network together, and at what stands beside them."
+    def mark(loss):
+        loss.whole_outputs, loss.needs = True, needs
+        return loss
+    return mark
+
+def _about(loss): # what `whole_outputs` has marked, behind a `partial`, too
+    return _about(loss.func) if isinstance(loss, partial) else loss
 
 def output_loss(
     outputs, # logits (B, 1, H, W), or a list of them
@@ -85,7 +90,7 @@ def output_loss(
 ): # scalar
     "A loss summed over a network's outputs. Raises `InputError` for an unknown name, and for mutation of a loss of all outputs."
     loss = find_loss(loss)
-    if getattr(loss, 'whole_outputs', False):
+    if getattr(_about(loss), 'whole_outputs', False):
         if mutation: raise InputError('this loss looks at all outputs together; leave mutation away')
         return loss(as_outputs(outputs), mask)
     if torch.is_tensor(outputs): return loss(outputs, mask)
@@ -93,6 +98,22 @@ def output_loss(
     return sum(loss(sum(subset), mask) for size in sizes for subset in combinations(outputs, size))
 
 # %% ../../nbs/07_training/01_losses.ipynb #9cac7c5d
+def check_needs(
+    loss, # callable, as from `find_loss`
+    student # network with `encode` and `decode`
+):
+    "Raise `InputError` for a loss that needs a map which the network does not give."
+    needs = getattr(_about(loss), 'needs', ())
+    if not needs: return
+    with torch.no_grad(), eval_mode(student): given = as_outputs(student.decode(student.encode(torch.zeros(1, 3, 64, 64, device=next(student.parameters()).device)))).beside
+    lacking = [name for name in needs if name not in given]
+    if lacking: raise InputError(f'loss {name_of(loss)}: needs {lacking[0]} beside the logits, which {type(student).__name__} does not give; choose another loss')
+
+def name_of(value) -> str: # of a function, with what `partial` has set
+    "What a callable is known by."
+    if isinstance(value, partial): return f'{name_of(value.func)}({", ".join(f"{key}={setting}" for key, setting in value.keywords.items())})'
+    return getattr(value, '__qualname__', type(value).__name__)
+
 class OutputLoss:
     "`output_loss` with its choices made, as a fastai `Learner` wants it."
     def __init__(self,
@@ -103,7 +124,7 @@ class OutputLoss:
     def __call__(self, outputs, mask): return output_loss(outputs, mask, self.loss, self.mutation)
     def activation(self, logits): return logits.sigmoid() # (B, 1, H, W), probability of polyp
     def decodes(self, probability): return probability > 0.5 # (B, 1, H, W) bool
-    def __repr__(self): return f'{type(self).__name__}({getattr(self.loss, "__name__", self.loss)}{", mutation" if self.mutation else ""})'
+    def __repr__(self): return f'{type(self).__name__}({name_of(self.loss)}{", mutation" if self.mutation else ""})'
 
 # %% ../../nbs/07_training/01_losses.ipynb #aeb9db82
 def _sample_at_cells(

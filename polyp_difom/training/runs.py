@@ -36,7 +36,7 @@ from ..targets.latent import TargetConfig, TargetStore, build_targets, find_fiel
 from ..targets.soft_masks import SoftMasks, adapted_teachers
 from ..targets.trainable_fusion import RawMaps, TrainableFusion
 from ..model.model import PolypDiFoM, amp_dtype, save_model
-from .losses import OutputLoss, latent_losses, loss_makers, losses
+from .losses import OutputLoss, latent_losses, loss_makers, losses, name_of
 from .callbacks import EpochLog, EpochSeed, dice_score, learner_tensors
 from .teaching import EMATeacher, LiveTeacher
 from ..teachers.registry import create_teacher
@@ -232,6 +232,8 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
+    least = getattr(model.student, 'least_batch', 1)
+    if min(config.batch_size, len(train_part)) < least: raise InputError(f'student {type(model.student).__name__}: learns from {least} images at a time or more; give a larger batch_size, or more images')
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
@@ -253,7 +255,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
 # %% ../../nbs/07_training/04_runs.ipynb #aa1ba955
 def _name(value):
     "A callable by its name, tuples as lists: what JSON can hold."
-    if callable(value): return f'{getattr(value, "__module__", "")}:{getattr(value, "__qualname__", type(value).__name__)}'
+    if callable(value): return f'{getattr(getattr(value, "func", value), "__module__", "")}:{name_of(value)}'
     return list(value) if isinstance(value, tuple) else value
 
 def _settings(learn, layout, target_config, config, frames, preset) -> dict:
