@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .core import InputError, printable
@@ -32,8 +33,10 @@ def _print_table(
     title:str=None
 ):
     "A table on the terminal, narrow enough for 80 columns."
-    table = Table(*rows[0], title=title, title_justify='left', box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, pad_edge=False)
-    for row in rows[1:]: table.add_row(*row)
+    plain = lambda text: Text(printable(text)) # a name is no markup
+    table = Table(title=title and plain(title), title_justify='left', box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, pad_edge=False)
+    for name in rows[0]: table.add_column(plain(name), overflow='fold')
+    for row in rows[1:]: table.add_row(*map(plain, row))
     _console.print(table)
 
 # %% ../nbs/13_cli.ipynb #4dd66387
@@ -44,6 +47,8 @@ def _fail(message:str, code:int=1):
 
 def main():
     "Entry point of `polyp-difom`."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace') # a terminal that knows ASCII alone
     warnings.simplefilter('ignore', FutureWarning) # notices of libraries to their developers
     warnings.showwarning = lambda message, *_: _say(f'note: {message}', _errors)
     try: app()
@@ -75,7 +80,7 @@ DataFolder = Annotated[Path, typer.Argument(help='Data set: TrainDataset/{images
 ImagesOption = Annotated[Optional[str], typer.Option('--images', help='Folder of the images, in DATA or elsewhere.', rich_help_panel=_LAYOUT)]
 MasksOption = Annotated[Optional[str], typer.Option('--masks', help='Folder of the masks.', rich_help_panel=_LAYOUT)]
 SuffixOption = Annotated[Optional[str], typer.Option('--mask-suffix', help='Images and masks in one folder: x.jpg and x[b]SUFFIX[/b].png, as _mask.', rich_help_panel=_LAYOUT)]
-AboveOption = Annotated[int, typer.Option('--mask-above', help='Polyp is where a mask is above this grey value; 0 for masks of 0 and 1.', metavar='N', rich_help_panel=_LAYOUT)]
+AboveOption = Annotated[int, typer.Option('--mask-above', help='Polyp is where a mask is above this grey value, 0 to 254; 0 for masks of 0 and 1.', metavar='N', min=0, max=254, rich_help_panel=_LAYOUT)]
 
 def _layout(images, masks, mask_suffix, mask_above):
     from polyp_difom.data.images import Layout
@@ -316,9 +321,9 @@ def _train_new(given:dict):
 def _resume(given:dict):
     "The rest of a run, or more of it."
     from polyp_difom.training.runs import resume
-    allowed = ('resume', 'epochs', 'device', 'data', 'features', 'unlabelled', 'tensorboard')
+    allowed = ('resume', 'epochs', 'device', 'data', 'features', 'unlabelled', 'tensorboard', 'loss')
     if other := [name for name in given if name not in allowed]:
-        raise typer.BadParameter(f'--{other[0].replace("_", "-")} does not go with --resume: the run keeps its settings; only --epochs, --device, and where DATA, --features and --unlabelled are may change')
+        raise typer.BadParameter(f'--{other[0].replace("_", "-")} does not go with --resume: the run keeps its settings; only --epochs, --device, and where DATA, --features, --unlabelled and the file of --loss lossnet=FILE are may change')
     return resume(given.pop('resume'), **given)
 
 # %% ../nbs/13_cli.ipynb #b21a88a0
@@ -338,7 +343,7 @@ def _import(
 # %% ../nbs/13_cli.ipynb #2fedc2b7
 _Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace earlier outputs.')]
 _Device = Annotated[Optional[str], typer.Option('--device', help='cuda, cpu …; the fastest there is by default.')]
-_Correction = Annotated[bool, typer.Option('--probability-correction', help='SANet\'s: logits divided by the share of the pixels that have their sign. Masks stay as they are.')]
+_Correction = Annotated[bool, typer.Option('--probability-correction', help='SANet\'s: logits divided by the share of the pixels that have their sign. Masks at 0.5 stay as they are.')]
 
 @app.command('evaluate')
 def _evaluate(
@@ -355,7 +360,9 @@ def _evaluate(
     "Score a run on every test set, or a folder of saved maps, by the PraNet protocol, beside the published figures."
     if json_file: _check_json(json_file, overwrite)
     if table and not predictions: raise typer.BadParameter('--table goes with --predictions')
-    if predictions: report = _score_maps(run, predictions, masks, mask_above, table, overwrite)
+    idle = dict(probability_correction=probability_correction, device=device, images=images, mask_suffix=mask_suffix) if predictions else {}
+    if left := [name for name, value in idle.items() if value]: raise typer.BadParameter(f'--{left[0].replace("_", "-")} does nothing to saved maps; leave it away')
+    if predictions: report = _score_maps(run, predictions, masks, mask_above, table, overwrite, json_file)
     else: report = _score_run(run, data, _layout(images, masks, mask_suffix, mask_above), device, probability_correction)
     if json_file:
         from polyp_difom.core import atomic_path
@@ -368,10 +375,10 @@ def _check_json(path:Path, overwrite:bool):
     if path.name == 'config.json' or path.exists() and not path.is_file(): raise InputError(f'{path}: is something else; choose another file')
     if path.exists() and not overwrite: raise InputError(f'{path}: is there already; choose another file, or replace it (--overwrite)')
 
-def _score_maps(run, predictions, masks, above, table, overwrite) -> dict:
+def _score_maps(run, predictions, masks, above, table, overwrite, json_file) -> dict:
     "Score saved maps and print the table."
     if run or not masks: raise typer.BadParameter('give RUN DATA, or --predictions and --masks')
-    if len(predictions) > 1 or table or not _is_flat(predictions[0]): return _score_methods(predictions, masks, above, table, overwrite)
+    if len(predictions) > 1 or table or not _is_flat(predictions[0]): return _score_methods(predictions, masks, above, table, overwrite, json_file)
     predictions = predictions[0]
     from polyp_difom.core import progress
     from polyp_difom.evaluation.metrics import score_folder
@@ -384,12 +391,14 @@ def _is_flat(folder:str) -> bool:
     "Maps of one set, and no `NAME=FOLDER`?"
     return not any(path.is_dir() for path in Path(folder).iterdir()) if Path(folder).is_dir() else '=' not in folder
 
-def _score_methods(predictions, masks, above, table, overwrite) -> dict:
+def _score_methods(predictions, masks, above, table, overwrite, json_file) -> dict:
     "Score the maps of each method, and print a table for each test set, with the published rows."
-    from polyp_difom.evaluation.methods import check_table, methods_rows, score_methods, write_methods
-    if table: check_table(table, overwrite)
+    from polyp_difom.evaluation.methods import check_table, counts, method_folder, methods_rows, score_methods, write_methods
+    if table: check_table(table, overwrite, [*(method_folder(one) for one in predictions), masks])
+    if table and json_file and json_file.absolute().parent == table.absolute(): raise InputError(f'{json_file}: the table has its own numbers in methods.json; choose another folder')
     found = score_methods(predictions, masks, above)
     for name, rows in methods_rows(found).items(): _print_table(rows, name)
+    for line in counts(found): _say(line)
     if table: _say(f'table: {write_methods(found, table, overwrite)}')
     return found
 

@@ -190,7 +190,11 @@ published_networks['cfanet'] = PublishedNetwork(partial(create_student, 'cfanet'
 def _read_published(weights) -> dict: # key -> tensor
     "The tensors of a checkpoint, without what wrappers and profilers add."
     if not isinstance(weights, dict): weights = read_weights(weights)
-    return {k.removeprefix('module.'): v for k, v in weights.items() if torch.is_tensor(v) and not k.endswith(('total_ops', 'total_params'))}
+    kept = {k: v for k, v in weights.items() if torch.is_tensor(v) and not k.endswith(('total_ops', 'total_params'))}
+    twice = [k for k in kept if f'module.{k}' in kept]
+    odd = [k for k, v in kept.items() if v.is_sparse or v.is_meta or not (v.is_floating_point() or k.endswith('num_batches_tracked')) or k.endswith('running_var') and v.min() < 0]
+    if twice or odd: raise InputError(f'weights: {name_some(twice or odd, 3)}: {"is there twice, with and without module." if twice else "holds no weights (numbers of another kind, or a negative variance)"}')
+    return {k.removeprefix('module.'): v for k, v in kept.items()}
 
 def _check_keys(name:str, source, weights:dict, needed:dict, unused:str): # needed: the authors' key -> shape
     "Raise `InputError` that lists missing, unknown and ill-fitting keys."

@@ -1,6 +1,8 @@
 "What SANet's, MSNet's and other authors do beside their networks, as options of every student: colours exchanged, probabilities corrected, LossNet, saved maps."
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +17,7 @@ from polyp_difom.core import InputError
 from polyp_difom.data.augment import Augment
 from polyp_difom.deploy.predictor import load_predictor
 from polyp_difom.evaluation.report import published
+from polyp_difom.published import load_published, published_key, published_networks
 from polyp_difom.students.blocks import SideOutputs, student_registry
 from polyp_difom.students.registry import create_student, list_students
 from polyp_difom.training.losses import losses, output_loss, structure_loss
@@ -60,7 +63,7 @@ def test_a_run_exchanges_colours_and_says_so(data, tmp_path):
     with pytest.raises(InputError, match='colour_exchange 2: give a share from 0 to 1'): train(data, tmp_path/'none', colour_exchange=2, **SHORT)
 
 
-def test_lossnet_by_name_goes_on_with_the_same_weights_alone(data, tmp_path, monkeypatch):
+def test_lossnet_by_name_goes_on_with_the_same_weights_alone(data, tmp_path, monkeypatch, polyp_difom):
     monkeypatch.chdir(tmp_path)
     file, other = vgg_file(tmp_path/'vgg.pth'), vgg_file(tmp_path/'other.pth', 1)
     run = train(data, 'run', loss='lossnet=vgg.pth', **SHORT) # a relative path
@@ -72,9 +75,9 @@ def test_lossnet_by_name_goes_on_with_the_same_weights_alone(data, tmp_path, mon
     resume(run, epochs=(0, 2, 0), device='cpu')
     file.rename(tmp_path/'moved.pth')
     with pytest.raises(InputError, match=r'loss lossnet: .*vgg.pth: no such file'): resume(run, epochs=(0, 3, 0), device='cpu')
-    with pytest.raises(InputError, match='weights of the loss'): resume(run, epochs=(0, 3, 0), loss=f'lossnet={other}', device='cpu')
+    with pytest.raises(InputError, match='other weights of its loss'): resume(run, epochs=(0, 3, 0), loss=f'lossnet={other}', device='cpu')
     with pytest.raises(InputError, match='cannot be resumed with another loss'): resume(run, epochs=(0, 3, 0), loss='structure', device='cpu')
-    resume(run, epochs=(0, 3, 0), loss=f'lossnet={tmp_path/"moved.pth"}', device='cpu')
+    assert polyp_difom('train', '--resume', run, '--epochs', 0, 3, 0, '--loss', f'lossnet={tmp_path/"moved.pth"}', '--device', 'cpu').returncode == 0
     assert len(read_log(run)) == 3
 
 
@@ -123,7 +126,7 @@ def test_one_table_holds_all_seventeen_rows_and_every_method(methods):
     command = [str(Path(sys.executable).parent/'polyp-difom'), *words]
     result = subprocess.run(command, cwd=methods, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(word in result.stdout for word in ('SANet', 'SAM-Mamba', 'U-Net++ + Ours', 'with correction', 'table/methods.md'))
+    assert all(word in result.stdout for word in ('plain, Kvasir: 3 images', 'SANet', 'SAM-Mamba', 'U-Net++ + Ours', 'with correction', 'table/methods.md'))
     rows = list(csv.reader((methods/'table'/'methods.csv').open()))
     assert len(rows) == 1 + 17 + 2 and [row[0] for row in rows[-2:]] == ['plain', 'with correction']
     kept = json.loads((methods/'table'/'methods.json').read_text())
@@ -133,12 +136,15 @@ def test_one_table_holds_all_seventeen_rows_and_every_method(methods):
     assert subprocess.run([*command, '--overwrite'], cwd=methods, capture_output=True).returncode == 0
 
 
-def test_methods_that_cannot_be_told_apart_or_lack_maps_are_refused(methods, fails):
+def test_methods_that_cannot_be_told_apart_or_lack_maps_are_refused(methods, fails, polyp_difom):
     maps, data = methods/'maps', methods/'data'
     assert 'two methods of one name' in fails('evaluate', '--predictions', maps/'plain', '--predictions', f'plain={maps/"corrected"}', '--masks', data)
     assert 'published row' in fails('evaluate', '--predictions', f'SANet={maps/"plain"}', '--masks', data)
     assert 'no masks for the maps of Kvasir' in fails('evaluate', '--predictions', maps/'plain', '--masks', maps)
     next((maps/'plain'/'Kvasir').iterdir()).unlink()
+    result = polyp_difom('evaluate', '--predictions', maps/'plain', '--masks', data, '--probability-correction')
+    assert result.returncode == 2 and '--probability-correction does nothing to saved maps' in ' '.join(result.err.replace('│', ' ').split())
+    assert 'where maps or masks are' in fails('evaluate', '--predictions', maps/'plain', '--masks', data, '--table', data/'TestDataset'/'Kvasir'/'masks')
     assert '1 of 3 masks have no prediction' in fails('evaluate', '--predictions', maps/'plain', '--masks', data)
 
 
@@ -165,9 +171,10 @@ def test_a_run_of_a_partial_goes_on_with_the_same_settings_alone(data, tmp_path)
     resume(run, epochs=(0, 2, 0), loss=partial(structure_loss, weighted=True), device='cpu')
 
 
-def test_a_network_that_learns_from_two_images_says_so_before_anything_is_written(data, tmp_path, fails):
-    line = fails('train', data, '--student', 'cfanet,width=8', '--no-pretrained', '--size', 32, '--batch-size', 1, '--out', tmp_path/'run', '--device', 'cpu')
-    assert 'learns from 2 images at a time or more' in line and not (tmp_path/'run').exists()
+@pytest.mark.parametrize('student', ('cfanet,width=8', 'polyp_pvt,backbone=pvt_v2_b0,width=4', 'sanet'))
+def test_a_network_that_cannot_learn_from_one_image_says_so_before_anything_is_written(student, data, tmp_path, fails):
+    line = fails('train', data, '--student', student, '--no-pretrained', '--size', 32, '--batch-size', 1, '--out', tmp_path/'run', '--device', 'cpu')
+    assert 'cannot learn from one image of 32x32 at a time' in line and 'give a larger batch_size' in line and not (tmp_path/'run').exists()
 
 
 def test_the_classes_of_the_contrastive_loss_are_cut_or_as_the_mask_has_them():
@@ -196,3 +203,40 @@ def test_published_figures_stand_beside_the_published_network_alone():
     for name, options in (('meganet', dict(backbone='resnet34')), ('sam_mamba', dict(variant='tiny')), ('unet', dict(width=16)), ('emcadnet', dict(backbone='pvt_v2_b0'))):
         assert published(name, False, options) == {}, name
     assert not any(published(name, True) for name in ('sanet', 'ctnet', 'cfanet', 'sam_mamba'))
+
+
+@pytest.mark.parametrize('name', ('[/x]', '[bold]b', 'p|q & 5 %'))
+def test_a_name_is_no_markup(name, methods, polyp_difom):
+    result = polyp_difom('evaluate', '--predictions', f'{name}={methods/"maps"/"plain"}', '--masks', methods/'data', '--table', methods/'table')
+    assert result.returncode == 0 and name in result.out
+    row = (methods/'table'/'methods.md').read_text().splitlines()[-1]
+    assert row.startswith(f'| {name.replace("|", chr(92) + "|")} |')
+
+
+def test_what_would_do_nothing_is_refused(data, tmp_path, fails):
+    for student, option, told in (('sanet', ['--mutation'], 'SANet has one output'), ('ctnet,backbone=mit_b0,width=4', ['--mutation'], 'looks at all outputs'),
+                                  ('unet,width=2', ['--colour-exchange', 1, '--batch-size', 1], 'give a larger batch_size')):
+        assert told in fails('train', data, '--student', student, '--no-pretrained', '--size', 64, *option, '--out', tmp_path/'run', '--device', 'cpu')
+        assert not (tmp_path/'run').exists()
+
+
+def test_settings_that_name_another_network_are_not_believed(run, tmp_path, data, fails):
+    other = tmp_path/'run'
+    shutil.copytree(run, other)
+    config = json.loads((other/'config.json').read_text())
+    config['settings'] |= dict(student='sanet', options={})
+    (other/'config.json').write_text(json.dumps(config))
+    assert 'names sanet' in (line := fails('evaluate', other, data)) and 'the weights are of unet' in line
+
+
+def test_weights_of_another_kind_are_no_published_ones():
+    weights = {published_key(key, published_networks['sanet'].renames): value for key, value in create_student('sanet', pretrained=False).state_dict().items()}
+    load_published('sanet', weights)
+    key, norm = next(key for key in weights if key.endswith('weight')), next(key for key in weights if key.endswith('running_var'))
+    for wrong, told in (({key: weights[key].to(torch.int32)}, 'another kind'), ({key: weights[key].to(torch.complex64)}, 'another kind'), ({norm: -weights[norm]}, 'negative variance'), ({f'module.{key}': weights[key]}, 'twice')):
+        with pytest.raises(InputError, match=told): load_published('sanet', weights | wrong)
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_the_table():
+    result = subprocess.run([str(Path(sys.executable).parent/'polyp-difom'), 'students'], capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING='ascii', COLUMNS='80'))
+    assert result.returncode == 0 and 'sanet' in result.stdout and not result.stderr

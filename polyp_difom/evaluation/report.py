@@ -111,8 +111,8 @@ def markdown_table(
     rows:list # header, then rows of strings
 ) -> str:
     "Rows as a Markdown table, numbers to the right."
-    header, *rows = rows
-    table = [header, ['---'] + ['---:']*(len(header) - 1), *([cell.replace('|', '\\|') for cell in row] for row in rows)]
+    header, *rows = [[printable(cell).replace('|', '\\|') for cell in row] for row in rows]
+    table = [header, ['---'] + ['---:']*(len(header) - 1), *rows]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in table) + '\n'
 
 def report_markdown(
@@ -184,7 +184,7 @@ def row_from_maps(
     "A row for a method that is known by its saved maps only. Raises `InputError` as `score_folder` does."
     folder, masks = Path(folder), [Path(one) for one in ([masks] if isinstance(masks, (str, Path)) else masks)]
     if not folder.is_dir(): raise InputError(f'{folder} is not a folder')
-    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(('.', '__')))
     alone = masks[0].parent.name if masks[0].name == 'masks' else masks[0].name
     sets = {path.name: (path, _find_masks(masks, path.name)) for path in inside} or {alone: (folder, masks[0])}
     scored = {name: score_folder(maps, of, above=above) for name, (maps, of) in sets.items()}

@@ -132,9 +132,10 @@ def trace_flow(
             image = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype, requires_grad=True).clone()
             trace.add('image', 'image', [image], ())
             _trace_decoder(trace, student, _trace_encoder(trace, student, image))
-    except RuntimeError as error:
+    except InputError: raise
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise InputError(f'student {type(student).__name__}: fails on a {size}x{size} image ({reason}); give another size') from None
+        raise InputError(f'student {type(student).__name__}: fails on a {size}x{size} image ({reason}); mend it, or give another size') from None
     return trace.flow
 
 # %% ../../nbs/09_show/06_flow.ipynb #5a6df947

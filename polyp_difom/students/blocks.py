@@ -68,7 +68,6 @@ class Student(nn.Module):
     channels:list # of the maps of `encode`, fine to coarse
     strides:list # likewise
     loss = 'bce-dice' # what it is trained with by default, a name in `losses`
-    least_batch = 1 # images that it needs in a training step
 
     def encode(self, x): raise NotImplementedError # (B, 3, H, W) normalised -> [f1 … fn], fine to coarse
     def decode(self, features): raise NotImplementedError # [f1 … fn] -> logits (B, 1, H, W), or a list of them, or `SideOutputs`

@@ -92,7 +92,7 @@ class Stream(nn.Module):
 @register_student('cfanet')
 class CFANet(Student):
     "CFA-Net with Res2Net50, 25.2 M parameters: logits (B, 1, H, W) of two streams and of their sum, the prediction; beside them `outline`, logits (B, 1, H, W)."
-    channels, strides, loss, least_batch = [64, 256, 512, 1024, 2048], [4, 4, 8, 16, 32], 'cfanet', 2
+    channels, strides, loss = [64, 256, 512, 1024, 2048], [4, 4, 8, 16, 32], 'cfanet'
 
     def __init__(self,
         width:int=64, # channels of the decoder

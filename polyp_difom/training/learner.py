@@ -24,7 +24,7 @@ from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
-from .losses import OutputLoss, check_needs, loss_makers, losses
+from .losses import OutputLoss, check_outputs, loss_makers, losses
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
 import polyp_difom.training.lossnet
@@ -64,7 +64,7 @@ def difom_learner(
     _check_parts(dls, model, distill)
     _check_metrics(metrics)
     if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
-    check_needs(loss_func.loss, model.student)
+    check_outputs(loss_func, model.student)
     watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None)), HeadroomWatch()] if distill else []
     return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
 
@@ -190,6 +190,7 @@ class TrainConfig:
             if not fits(getattr(self, name)): raise InputError(f'{name} {getattr(self, name)}: {"choose" if name in ("loss", "schedule", "precision", "augment", "select", "latents", "high_at", "fusion") else "give"} {allowed}')
         if self.live_teacher and (self.shuffled or self.soft_masks is False): raise InputError(f'{"shuffled" if self.shuffled else "soft_masks False"}: a teacher that looks in every step gives masks of that very view; leave live_teacher away')
         if self.supervised_last and not self.epochs[2]: raise InputError('supervised_last: there is no phase III to be of labels alone; give it epochs, as epochs=(10, 20, 10)')
+        if self.colour_exchange and self.batch_size == 1: raise InputError('colour_exchange: takes the colours of another image of the batch, and there is one; give a larger batch_size')
         if self.mixup and not self.live_teacher: raise InputError('mixup: only a teacher that looks at the blend knows its mask; give live_teacher, too, or leave mixup away')
         self.distillation(soft=True)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['losses', 'loss_makers', 'latent_losses', 'high_losses', 'soft_losses', 'find_loss', 'whole_outputs', 'output_loss',
-           'check_needs', 'name_of', 'OutputLoss', 'align_latent', 'find_distances', 'latent_loss', 'soft_mask_loss']
+           'check_outputs', 'name_of', 'OutputLoss', 'align_latent', 'find_distances', 'latent_loss', 'soft_mask_loss']
 
 # %% ../../nbs/07_training/01_losses.ipynb #c0e993ff
 from functools import partial
@@ -98,16 +98,18 @@ def output_loss(
     return sum(loss(sum(subset), mask) for size in sizes for subset in combinations(outputs, size))
 
 # %% ../../nbs/07_training/01_losses.ipynb #9cac7c5d
-def check_needs(
-    loss, # callable, as from `find_loss`
+def check_outputs(
+    loss:'OutputLoss',
     student # network with `encode` and `decode`
 ):
-    "Raise `InputError` for a loss that needs a map which the network does not give."
-    needs = getattr(_about(loss), 'needs', ())
-    if not needs: return
-    with torch.no_grad(), eval_mode(student): given = as_outputs(student.decode(student.encode(torch.zeros(1, 3, 64, 64, device=next(student.parameters()).device)))).beside
-    lacking = [name for name in needs if name not in given]
-    if lacking: raise InputError(f'loss {name_of(loss)}: needs {lacking[0]} beside the logits, which {type(student).__name__} does not give; choose another loss')
+    "Raise `InputError` for a loss that needs a map which the network does not give, and for mutation of what cannot be summed."
+    needs, whole = getattr(_about(loss.loss), 'needs', ()), getattr(_about(loss.loss), 'whole_outputs', False)
+    if loss.mutation and whole: raise InputError(f'mutation: {name_of(loss.loss)} looks at all outputs of a network together; leave mutation away')
+    if not (needs or loss.mutation): return
+    with torch.no_grad(), eval_mode(student): given = as_outputs(student.decode(student.encode(torch.zeros(1, 3, 64, 64, device=next(student.parameters()).device))))
+    if loss.mutation and len(given) == 1: raise InputError(f'mutation: {type(student).__name__} has one output, and so no sums of several; leave mutation away')
+    lacking = [name for name in needs if name not in given.beside]
+    if lacking: raise InputError(f'loss {name_of(loss.loss)}: needs {lacking[0]} beside the logits, which {type(student).__name__} does not give; choose another loss')
 
 def name_of(value) -> str: # of a function, with what `partial` has set
     "What a callable is known by."

@@ -31,7 +31,10 @@ class LossNet:
     def __init__(self,
         weights=True, # see `lossnet_loss`
         weighted:bool=False # likewise
-    ): self.vgg, self.weighted = _load_vgg(weights), weighted
+    ):
+        self.vgg, self.weighted = _load_vgg(weights), weighted
+        with torch.no_grad(): seen = self.features(torch.full((1, 1, 8, 8), .5))
+        if not all(f.isfinite().all() for f in seen): raise InputError(f'loss lossnet: {weights}: its features of a grey map are not finite, so these are no weights of a trained VGG-16; give another file')
 
     def features(self,
         x # (B, 1, H, W), probability in 0..1

@@ -7,7 +7,7 @@ __all__ = ['split_labelled', 'strange_files', 'alone', 'write_config', 'write_fi
            'resume', 'load_taught']
 
 # %% ../../nbs/07_training/04_runs.ipynb #e4196927
-import json, platform, re, shlex, sys, time, warnings
+import copy, json, platform, re, shlex, sys, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -113,6 +113,13 @@ def _make_model(student, options:dict, latents, config:TrainConfig, device) -> P
     except Exception as error: raise InputError(f'student {student}: no model can be made of it ({printable(error)[:100]})') from None
     _check_forward(model, config.size)
     return model
+
+def _check_single(model, size:int):
+    "Raise `InputError` for a network that cannot learn from one image at a time."
+    trial = copy.deepcopy(model).train()
+    with torch.random.fork_rng(), torch.no_grad():
+        try: trial(torch.rand(1, 3, size, size))
+        except (InputError, ValueError) as error: raise InputError(f'student {type(model.student).__name__}: cannot learn from one image of {size}x{size} at a time ({printable(error)[:80]}); give a larger batch_size, or more images') from None
 
 def _check_forward(model, size:int):
     "Raise `InputError` if a blank image does not come out as logits of its size."
@@ -232,8 +239,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
     loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
     train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
-    least = getattr(model.student, 'least_batch', 1)
-    if min(config.batch_size, len(train_part)) < least: raise InputError(f'student {type(model.student).__name__}: learns from {least} images at a time or more; give a larger batch_size, or more images')
+    if min(config.batch_size, len(train_part)) == 1: _check_single(model, config.size)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
@@ -520,6 +526,7 @@ def _read_config(run:Path) -> dict:
     except ValueError: raise InputError(f'{config}: not readable; the run is damaged') from None
     parts = dict(settings=dict, fingerprints=dict, data=str, features=(str, type(None)))
     lacking = [name for name, kind in parts.items() if not isinstance(held, dict) or not isinstance(held.get(name, 0), kind)]
+    if not lacking: held['settings'] = dict(colour_exchange=0.) | held['settings'] # came later than the others
     lacking = lacking or sorted({'preset', 'student', 'options', 'distilled', 'layout', 'targets', 'unlabelled', 'held_out', 'teachers', *(f.name for f in fields(TrainConfig))} - held['settings'].keys())
     if not lacking and held['settings']['distilled'] != bool(held['features'] or held['settings']['live_teacher']): lacking = ['features']
     if lacking: raise InputError(f'{config}: not what `train` of this version writes, so it cannot be resumed (it lacks {name_some(lacking)})')
@@ -530,7 +537,7 @@ def _held_callable(name:str, known, kept, given, run):
     made = known is losses and str(kept).partition('=')[0] in loss_makers # its file may have moved
     if made and isinstance(given, str) and given.partition('=')[0] == kept.partition('=')[0]: return given
     if given is not None and _name(given) != kept: raise InputError(f'{run}: cannot be resumed with another {name}: {kept} then, {_name(given)} now')
-    if given is None and kept not in known and not made: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
+    if given is None and str(kept) not in known and not made: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
     return kept if given is None else given
 
 # %% ../../nbs/07_training/04_runs.ipynb #17ab51d4
@@ -580,6 +587,7 @@ def _check_same(held:dict, learn, run, data, features):
     "Raise `InputError` if data or features are not those that the run began with."
     now = _fingerprints(learn)
     other = [name for name, kept in held['fingerprints'].items() if kept != now.get(name)]
+    if 'weights of the loss' in other: raise InputError(f'{run}: cannot be resumed with other weights of its loss than it began with ({held["settings"]["loss"]}); put back that file')
     other += _differences(dict(teachers=held['settings'].get('teachers')), json.loads(json.dumps(dict(teachers=learn.teachers))))
     if other: raise InputError(f'{run}: cannot be resumed with other data than it began with ({data}{f", {features}" if features else ""}): {"; ".join(other)}')
 
