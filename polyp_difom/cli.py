@@ -219,7 +219,7 @@ def _students():
         _console.print()
     _say('M: parameters in millions, counted at 352x352 with GMACs. Sets: published mDice, undistilled, from the Polyp-DiFoM paper.')
     _say('sam_mamba is re-created from a description: the published figures are of its authors\' network, made for larger images; at 1024x1024 ours takes 644 GMACs.')
-    _say('none: not published, or no licence at all; unknown: not known here.')
+    _say('none: not published, or no licence at all; unknown: not known here. For the address of a file host or a drive, look in the repository.')
     _say('Weights of the authors become a run with: polyp-difom import IMPORT-AS WEIGHTS --out RUN.')
 
 # %% ../nbs/13_cli.ipynb #5e7a1b42
@@ -288,7 +288,7 @@ def _train(
     select:Annotated[str, _option('The epoch that is kept: best (on the validation part) or last.')]='best',
     scales:Annotated[Optional[Tuple[float, float, float]], _option('Sizes drawn for each batch, relative to --size; 0.75 1 1.25 with --augment paper, 1 otherwise.', metavar='X X X')]=None,
     allow_empty:Annotated[bool, _option('Accept frames without polyp.', _MORE, '--allow-empty')]=False,
-    loss:Annotated[Optional[str], _option('bce-dice, structure or structure-weighted; those of networks: meganet, ctnet, ctnet-weighted, ctnet-published, cfanet, cfanet-weighted; [b]lossnet=FILE[/b] or [b]lossnet-weighted=FILE[/b] with the weights of a VGG-16. By default its authors\', but MSNet\'s and M²SNet\'s without LossNet.')]=None,
+    loss:Annotated[Optional[str], _option('bce-dice, structure or structure-weighted; those of networks: meganet, ctnet, ctnet-weighted, ctnet-published, cfanet, cfanet-weighted; [b]lossnet[=FILE][/b] or [b]lossnet-weighted[=FILE][/b] with the weights of a VGG-16, of the hub or a file. By default its authors\', but MSNet\'s and M²SNet\'s without LossNet.')]=None,
     mutation:Annotated[bool, _option('A loss for every subset of side outputs (EMCADNet).', _MORE, '--mutation')]=False,
     precision:Annotated[Optional[str], _option('bf16 or fp32; the faster on the device by default.')]=None,
     tensorboard:Annotated[bool, _option('Log to RUN/tensorboard, too.', _MORE, '--tensorboard')]=False,

@@ -67,6 +67,11 @@ def _is_dense(value) -> bool:
     "A tensor whose numbers are in the file, one beside the other?"
     return torch.is_tensor(value) and value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized and not value.is_complex()
 
+def _reason(error:Exception) -> str:
+    "Why a file was not read, without PyTorch's advice to trust it."
+    told = (str(error) or type(error).__name__).splitlines()[0]
+    return 'it is no file of PyTorch, or holds more than tensors' if told.startswith('Weights only load failed') else told[:80]
+
 def read_weights(
     path # .safetensors, or a PyTorch file that holds tensors only
 ) -> dict: # key -> tensor
@@ -74,7 +79,7 @@ def read_weights(
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such file')
     try: weights = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error: raise InputError(f'{path}: not a readable checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:80]})') from None
+    except Exception as error: raise InputError(f'{path}: not a readable checkpoint ({_reason(error)}); get the file anew') from None
     for key in ('state_dict', 'model'):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict): weights = weights[key]
     weights = {key: value for key, value in weights.items() if isinstance(key, str) and _is_dense(value)} if isinstance(weights, dict) else {}

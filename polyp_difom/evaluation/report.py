@@ -185,6 +185,7 @@ def row_from_maps(
     folder, masks = Path(folder), [Path(one) for one in ([masks] if isinstance(masks, (str, Path)) else masks)]
     if not folder.is_dir(): raise InputError(f'{folder} is not a folder')
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(('.', '__')))
+    if not inside and (masks[0]/'TestDataset').is_dir(): raise InputError(f'{folder}: holds no folder of a test set; put the maps of Kvasir, say, into {folder/"Kvasir"}, or give the folder of their masks instead of {masks[0]}')
     alone = masks[0].parent.name if masks[0].name == 'masks' else masks[0].name
     sets = {path.name: (path, _find_masks(masks, path.name)) for path in inside} or {alone: (folder, masks[0])}
     scored = {name: score_folder(maps, of, above=above) for name, (maps, of) in sets.items()}

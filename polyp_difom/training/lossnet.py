@@ -22,7 +22,7 @@ def _load_vgg(
 ): # module: (B, 3, 224, 224) -> four maps
     "Ten convolutions of a VGG-16, frozen. Raises `InputError`."
     try: vgg = timm_encoder('vgg16', weights, out_indices=(0, 1, 2, 3))
-    except InputError as error: raise InputError(f'loss lossnet: {str(error).split("; give a local file")[0]}; give a file of VGG-16 weights (lossnet_loss(FILE), --loss lossnet=FILE)') from None
+    except InputError as error: raise InputError(f'loss lossnet: {str(error).split("; give a local file")[0]}; give a file of VGG-16 weights, timm\'s vgg16 or torchvision\'s vgg16-397923af.pth (lossnet_loss(FILE), --loss lossnet=FILE)') from None
     return vgg.eval().requires_grad_(False)
 
 # %% ../../nbs/07_training/01a_lossnet.ipynb #aff2022c

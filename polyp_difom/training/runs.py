@@ -509,6 +509,7 @@ def train(
     if config.soft_masks and not (features or config.live_teacher): raise InputError('soft_masks: without features there are none; give the store of an adapted teacher (--features)')
     if frames.unlabelled is not None and not (features or config.live_teacher): raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
     if not (features or config.live_teacher): _check_idle(config)
+    elif not any(config.epochs[1:]): warnings.warn('phases II and III have no epochs, so nothing is distilled: give them some, as epochs=(10, 20, 10)')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
     changed = _given(preset, layout, target_config, config, frames) | own.given() | ({} if device is None else dict(device=str(device)))
