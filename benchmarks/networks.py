@@ -33,6 +33,8 @@ ARMS = ('distilled', 'undistilled')
 MODES = dict(fp32='eager', channels_last='channels_last', bf16='bf16')
 BATCHES = dict(forward=1, train=2) # CFA-Net learns from no single image
 KEYS, DRAWN, MEANT = ('student', 'mode', 'what', 'size'), 'channels_last', 1024 # pixels that SAM-Mamba was made for
+BESIDE = dict(sanet=(-9, -3, 'right'), emcadnet=(-2, 9, 'center'), msnet=(0, -17, 'center'), pranet=(-9, -3, 'right'), sam_mamba=(0, 15, 'center'), m2snet=(9, -3, 'left'), pvt_cascade=(-10, 2, 'right'), ctnet=(11, -3, 'left'),
+              meganet=(11, -3, 'left'), unet=(8, -3, 'left'), unetpp=(-7, -3, 'right')) # where a name stands beside its point, and to which side
 UNSEEN = {'CVC-ColonDB': 380, 'ETIS-LaribPolypDB': 196} # CVC-300 is a part of ColonDB
 
 
@@ -99,7 +101,7 @@ def smoke(out, tests):
 def draw(times, path):
     "Published accuracy on unseen hospitals against the time of a forward, measured here."
     rows, cost = {(row['student'], row['size']): row for row in times['rows'] if (row['what'], row['mode']) == ('forward', DRAWN)}, {row['name']: row for row in student_table()}
-    figure, axis = plt.subplots(figsize=(7.4, 4.6), layout='constrained')
+    figure, axis = plt.subplots(figsize=(8, 5.2), layout='constrained')
     for name in STUDENTS:
         figures = published(name, False)
         if not figures: continue
@@ -107,9 +109,10 @@ def draw(times, path):
         dice = 100*sum(n*figures[one]['mDice'] for one, n in UNSEEN.items())/sum(UNSEEN.values())
         made_here = dict(facecolor='none', edgecolor='C0', lw=1.2) if name == 'sam_mamba' else dict(color='C0', alpha=.6, lw=0)
         axis.scatter(row['ms_an_image'], dice, s=6*cost[name]['parameters'], **made_here)
-        axis.annotate(f'{name} at {size} px,\nre-created' if name == 'sam_mamba' else name, (row['ms_an_image'], dice), fontsize=8, ha='center', va='bottom', xytext=(0, 6), textcoords='offset points')
+        *offset, side = BESIDE.get(name, (0, 9, 'center'))
+        axis.annotate(f'{name} at {size} px,\nre-created' if name == 'sam_mamba' else name, (row['ms_an_image'], dice), fontsize=8, ha=side, xytext=offset, textcoords='offset points')
     size, place = min(size for _, size in rows), times['settings']
-    axis.set(xscale='log', xlabel=f'one forward at {size} px, measured here, ms ({place["device"]}, {place["threads"]} threads, float32, channels last)',
+    axis.set(xscale='log', xlabel=f'one forward at {size} px, measured here, ms ({place["processor"] if place["device"] == "cpu" else place["device"]}, {place["threads"]} threads, float32, channels last)',
              ylabel='published mDice, percent,\nColonDB and ETIS, images counted alike', title='Published accuracy against cost; area: parameters.\nEach network by its authors\' own training, epochs and choice of epoch')
     axis.title.set_size(9)
     axis.margins(.14, .2)
