@@ -102,7 +102,7 @@ class Failing(nn.Module):
     def decode(self, maps): raise RuntimeError('no\nsecond line')
 
 
-@pytest.mark.parametrize('student, size, said', [(nn.Conv2d(3, 1, 1), 128, 'student Conv2d: has no method encode'), (Failing(), 128, 'student Failing: fails on a 128x128 image (no); give another size'),
+@pytest.mark.parametrize('student, size, said', [(nn.Conv2d(3, 1, 1), 128, 'student Conv2d: has no method encode'), (Failing(), 128, 'student Failing: fails on a 128x128 image (no); mend it, or give another size'),
                                                  (Failing(), 0, 'size is 0'), (Failing(), 'large', "size is 'large'")])
 def test_what_cannot_be_drawn_is_told_in_one_line(student, size, said):
     with pytest.raises(InputError) as told: show_flow(student, size)

@@ -1,6 +1,7 @@
 "Every snippet of the front page runs, from an empty folder, with nothing but what stands on the page: small settings take the place of the paper's."
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('readme')
     data = make_synthetic(folder/'DATA', n_train=12, n_test=3, size=(96, 120))
     (folder/'FOLDER').mkdir(); (folder/'MIXED').mkdir(); (folder/'COCO').mkdir()
+    shutil.copytree(data/'TestDataset/Synthetic', data/'TestDataset/Kvasir')
+    shutil.copytree(data/'TestDataset/Kvasir/masks', folder/'maps/sanet/Kvasir') # a method's saved maps
     annotations, images = [], []
     for i, path in enumerate(sorted((data/'TrainDataset/images').iterdir())):
         image, mask = Image.open(path), Image.open(data/'TrainDataset/masks'/path.name)

@@ -74,4 +74,4 @@ def test_real_images_through_the_road(polyp_difom, real_data, tmp_path):
         assert result.returncode == 0, result.err
     assert len(FeatureStore(tmp_path/'features')) == 40
     scores = json.loads((run/'evaluation/report.json').read_text())['sets']['ETIS-LaribPolypDB']
-    assert scores['images'] == 20 and scores['published']['mDice'] == 0.551
+    assert scores['images'] == 20 and scores['published'] == {} # a narrow U-Net is none that was published

@@ -137,6 +137,12 @@ def _results_folder(run) -> Path:
 class SeenFrames(UserWarning):
     "Frames are scored that the run was trained or selected on."
 
+def _check_agreement(run, settings:dict, kept:dict):
+    "Raise `InputError` where the settings name another network than the weights are of."
+    told = (dict(name=settings['student'], options=settings['options']), kept)
+    ours, theirs = (dict(one, options={key: value for key, value in one['options'].items() if key != 'pretrained'}) for one in told)
+    if json.loads(json.dumps(ours)) != json.loads(json.dumps(theirs)): raise InputError(f'{Path(run)/"config.json"}: names {ours["name"]} {ours["options"] or ""}, and the weights are of {theirs["name"]} {theirs["options"] or ""}; put back what was there')
+
 def evaluate(
     run, # folder made by `train` or `import_published`
     data, # data set: with TestDataset/<set>/, or a set itself
@@ -147,6 +153,7 @@ def evaluate(
 ) -> dict: # what was evaluated, and under `sets` the scores, counts and published figures of every test set
     "Score a run on every test set. Report, scores of every image and a picture per set go to RUN/evaluation. Raises `InputError` before anything is scored."
     start, (model, settings) = time.perf_counter(), read_run(run, student)
+    if student is None: _check_agreement(run, settings, model.config['student'])
     model = model.to(find_device(device))
     out, sets = _results_folder(run), {printable(name): pairs for name, pairs in test_sets(data, layout).items()}
     check_sets(sets, layout.mask_above)
