@@ -78,6 +78,8 @@ def counts(
     tell = lambda s: f'{s["images"]} images' + f', {s["resized"]} maps resized to their masks'*bool(s['resized']) + f', {s["empty"]} masks without polyp'*bool(s['empty'])
     return [f'{row["method"]}, {name}: {tell(scores)}' for row in found for name, scores in row['sets'].items()]
 
+
+# %% ../../nbs/10_evaluation/05a_methods.ipynb #0fed38ac
 def write_methods(
     found:list, # as from `score_methods`
     out, # folder

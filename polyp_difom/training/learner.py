@@ -24,7 +24,7 @@ from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
-from .losses import OutputLoss, check_outputs, loss_makers, losses
+from .losses import OutputLoss, check_outputs, chosen_loss, loss_makers, losses, split_loss
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
 import polyp_difom.training.lossnet
@@ -63,7 +63,7 @@ def difom_learner(
     "A fastai learner for a student, distilled or not. Raises `InputError` for parts that do not fit together."
     _check_parts(dls, model, distill)
     _check_metrics(metrics)
-    if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(loss_func or getattr(model.student, 'loss', 'bce-dice'))
+    if not isinstance(loss_func, OutputLoss): loss_func = OutputLoss(chosen_loss(model.student, loss_func))
     check_outputs(loss_func, model.student)
     watch = [distill, TargetWatch(getattr(dls.train.dataset.targets, 'teacher_gram', None)), HeadroomWatch()] if distill else []
     return DifomLearner(dls, model, loss_func, metrics=metrics, cbs=[*watch, *L(cbs)], **(dict(opt_func=adam) | learner_options))
@@ -131,7 +131,7 @@ _allowed = { # field -> what to give, and whether a value is that
     'colour_exchange': ('a share from 0 to 1', lambda v: is_number(v, 0, 1)),
     'scales': ('numbers above 0 and up to 4, as 0.75 1 1.25', lambda v: v is None or len(v) > 0 and all(is_number(s) and 0 < s <= 4 for s in v)),
     'steps': ('a whole number from 1', lambda v: v is None or is_whole(v, 1)),
-    'loss': (', '.join([*losses, *(f'{name}[=FILE]' for name in loss_makers)]), lambda v: v is None or callable(v) or v in losses or str(v).partition('=')[0] in loss_makers),
+    'loss': (', '.join([*losses, *(f'{name}[=FILE]' for name in loss_makers)]), lambda v: v is None or callable(v) or v in losses or any(split_loss(v))),
     'latents': ('paper or free', lambda v: v in ('paper', 'free')), 'high_at': ('decoder or encoder', lambda v: v in ('decoder', 'encoder')),
     'fusion': ('frozen or trainable', lambda v: v in ('frozen', 'trainable')),
     'freeze': ('True or False', lambda v: v is None or isinstance(v, bool)), 'soft_masks': ('True or False', lambda v: v is None or isinstance(v, bool)),

@@ -36,7 +36,7 @@ from ..targets.latent import TargetConfig, TargetStore, build_targets, find_fiel
 from ..targets.soft_masks import SoftMasks, adapted_teachers
 from ..targets.trainable_fusion import RawMaps, TrainableFusion
 from ..model.model import PolypDiFoM, amp_dtype, save_model
-from .losses import OutputLoss, latent_losses, loss_makers, losses, name_of
+from .losses import OutputLoss, chosen_loss, latent_losses, losses, name_of, split_loss
 from .callbacks import EpochLog, EpochSeed, dice_score, learner_tensors
 from .teaching import EMATeacher, LiveTeacher
 from ..teachers.registry import create_teacher
@@ -237,7 +237,7 @@ def _live_teacher(config:TrainConfig, device) -> list: # of one callback or none
 
 def _prepare(data, features, frames, model, layout, target_config, config, device, cbs, metrics):
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
-    loss = OutputLoss(config.loss or getattr(model.student, 'loss', 'bce-dice'), config.mutation)
+    loss = OutputLoss(chosen_loss(model.student, config.loss), config.mutation)
     train_part, valid_part, unlabelled = _choose_images(data, layout, config, frames)
     if min(config.batch_size, len(train_part)) == 1: _check_single(model, config.size)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
@@ -268,8 +268,8 @@ def _settings(learn, layout, target_config, config, frames, preset) -> dict:
     "All that decides what comes of a run."
     network, datasets = learn.model.student, (learn.dls.train.dataset, learn.dls.valid.dataset)
     name, options = (network.config['name'], network.config['options']) if hasattr(network, 'config') else (type(network).__name__, {})
-    loss, _, file = loss.partition('=') if isinstance(loss := config.loss or getattr(network, 'loss', 'bce-dice'), str) else (loss, '', '')
-    if file: loss = f'{loss}={Path(file).absolute()}'
+    maker, file = split_loss(loss := chosen_loss(network, config.loss))
+    if file: loss = f'{maker}={Path(file).absolute()}'
     resolved = replace(config, loss=loss, precision=learn.model.precision)
     return dict(preset=preset, student=name, options=options, distilled=hasattr(learn, 'distillation'), **{key: _name(value) for key, value in vars(resolved).items()},
                 layout=asdict(layout), targets=asdict(target_config), unlabelled=frames.unlabelled and str(frames.unlabelled), held_out=list(frames.held_out), teachers=learn.teachers,
@@ -535,8 +535,8 @@ def _read_config(run:Path) -> dict:
 
 def _held_callable(name:str, known, kept, given, run):
     "A loss or distance of a run: its name, or what it was of one's own making. Raises `InputError` for another one, or none."
-    made = known is losses and str(kept).partition('=')[0] in loss_makers # its file may have moved
-    if made and isinstance(given, str) and given.partition('=')[0] == kept.partition('=')[0]: return given
+    made, _ = split_loss(kept) if known is losses else ('', '') # its file may have moved
+    if made and split_loss(given)[0] == made: return given
     if given is not None and _name(given) != kept: raise InputError(f'{run}: cannot be resumed with another {name}: {kept} then, {_name(given)} now')
     if given is None and str(kept) not in known and not made: raise InputError(f'{run}: its {name} {kept} is a function of your own; pass {name}=')
     return kept if given is None else given
