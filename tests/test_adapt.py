@@ -19,7 +19,7 @@ from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import load_model, predict
 from polyp_difom.teachers.registry import create_teacher
 from polyp_difom.training.adapt import FoldedTeacher, adapt, measure_headroom, threshold_dice
-from polyp_difom.training.runs import Checkpoint, train
+from polyp_difom.training.runs import ADDED, Checkpoint, train
 from polyp_difom.weights import read_tensors
 
 COMMON = dict(size=64, batch_size=4, valid=.25, device='cpu')
@@ -79,6 +79,19 @@ def test_other_settings_and_other_data_are_refused(way, data, features, adapted,
     pair.mask.write_bytes(train_pairs(other)[1].mask.read_bytes())
     with pytest.raises(InputError, match='other data|cannot be resumed'): adapt(other, out, **options)
     assert (out/'last.safetensors').read_bytes() == before
+
+
+@pytest.mark.parametrize('way', ['backbone', 'features'])
+def test_one_that_was_adapted_before_a_setting_came_is_gone_on_with(way, data, features, adapted, stored):
+    out, options = dict(backbone=adapted, features=stored)[way], ways(features)[way]
+    config, before = out/'config.json', (out/'config.json').read_text()
+    held = json.loads(before)
+    for name in ADDED: del held['settings'][name]
+    config.write_text(json.dumps(held))
+    try:
+        adapt(data, out, **options)
+        with pytest.raises(InputError, match='colour_exchange 0.0 then, 0.5 now'): adapt(data, out, **options | dict(colour_exchange=.5))
+    finally: config.write_text(before)
 
 
 def test_logits_are_the_runs_own(adapted, data):

@@ -24,8 +24,10 @@ def s3():
     own = dict(AWS_ENDPOINT_URL=f'http://{host}:{port}', AWS_ACCESS_KEY_ID='none', AWS_SECRET_ACCESS_KEY='none', AWS_DEFAULT_REGION='us-east-1')
     before = dict(os.environ)
     os.environ.update(own)
+    fsspec.get_filesystem_class('s3').clear_instance_cache() # a connection that another test opened does not know of them
     fsspec.filesystem('s3').mkdir('frames'); fsspec.filesystem('s3').mkdir('features')
     yield fsspec.filesystem('s3')
+    fsspec.get_filesystem_class('s3').clear_instance_cache()
     os.environ.clear(); os.environ.update(before)
     server.stop()
 

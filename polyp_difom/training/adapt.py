@@ -42,7 +42,7 @@ from ..model.model import load_model, predict_logits, to_map
 from .losses import OutputLoss
 from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
-from .runs import Checkpoint, ConsoleProgress, alone, resume, split_labelled, strange_files, train, write_config, write_files
+from .runs import ADDED, Checkpoint, ConsoleProgress, alone, resume, split_labelled, strange_files, train, write_config, write_files
 
 # %% ../../nbs/07_training/05_adapt.ipynb #4661faae
 def threshold_dice(
@@ -102,7 +102,7 @@ def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     except ValueError: raise InputError(f'{config}: not readable as JSON; the run is damaged') from None
     check_fields(held, dict(settings=of_type('names and values', dict)), config)
     check_fields(held['settings'], dict(size=whole_number(32, 4096), epochs=of_type('a list', list)), f'{config}: settings')
-    return held, held['settings']
+    return held, ADDED | held['settings']
 
 def _by_name(settings:dict) -> dict:
     "With the backbone's file by its name: it may have moved."
