@@ -19,8 +19,8 @@ from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import load_model, predict
 from polyp_difom.teachers.registry import create_teacher
 from polyp_difom.training.adapt import FoldedTeacher, adapt, measure_headroom, threshold_dice
-from polyp_difom.training.runs import ADDED, Checkpoint, train
-from polyp_difom.weights import read_tensors
+from polyp_difom.training.runs import ADDED, Checkpoint, _settings_digest, train
+from polyp_difom.weights import read_tensors, save_tensors
 
 COMMON = dict(size=64, batch_size=4, valid=.25, device='cpu')
 BACKBONE = COMMON | dict(backbone='timm/test_efficientnet,pretrained=False,width=8', epochs=2, steps=3)
@@ -82,16 +82,16 @@ def test_other_settings_and_other_data_are_refused(way, data, features, adapted,
 
 
 @pytest.mark.parametrize('way', ['backbone', 'features'])
-def test_one_that_was_adapted_before_a_setting_came_is_gone_on_with(way, data, features, adapted, stored):
-    out, options = dict(backbone=adapted, features=stored)[way], ways(features)[way]
-    config, before = out/'config.json', (out/'config.json').read_text()
-    held = json.loads(before)
+def test_one_that_was_adapted_before_a_setting_came_is_gone_on_with(way, data, features, adapted, stored, tmp_path):
+    out, options = tmp_path/'before', ways(features)[way]
+    shutil.copytree(dict(backbone=adapted, features=stored)[way], out)
+    held = json.loads((out/'config.json').read_text())
     for name in ADDED: del held['settings'][name]
-    config.write_text(json.dumps(held))
-    try:
-        adapt(data, out, **options)
-        with pytest.raises(InputError, match='colour_exchange 0.0 then, 0.5 now'): adapt(data, out, **options | dict(colour_exchange=.5))
-    finally: config.write_text(before)
+    (out/'config.json').write_text(json.dumps(held))
+    tensors, kept = read_tensors(out/'last.safetensors')
+    save_tensors(tensors, out/'last.safetensors', kept | dict(settings=_settings_digest(out)))
+    adapt(data, out, **options)
+    with pytest.raises(InputError, match='colour_exchange 0.0 then, 0.5 now'): adapt(data, out, **options | dict(colour_exchange=.5))
 
 
 def test_logits_are_the_runs_own(adapted, data):
