@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -112,6 +113,20 @@ def test_any_run_is_a_teacher(student, size, shape, data, tmp_path):
     logits = load_model(run)(x)
     ours = found[:, :1] if teacher.head is None else upsampled(found[:, :1], size)
     torch.testing.assert_close(ours, F.avg_pool2d(logits, 4) if teacher.head is None else logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_that_is_judged_by_what_its_teacher_was_trained_on_says_so(adapted, data, tmp_path):
+    extract(data, [f'adapted={adapted}'], tmp_path/'store', device='cpu')
+    learned = {*pd.read_csv(adapted/'files.csv').query('part == "train"').image_hash}
+    assert {*FeatureStore(tmp_path/'store').array('adapted').attrs['learned_from']} == learned
+    options = COMMON | dict(features=tmp_path/'store', epochs=(1, 0, 0), steps=1, soft_on='all', valid=.25)
+    for seed in (0, 1):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            run = train(data, tmp_path/f'seed-{seed}', 'unet,width=4', seed=seed, **options)
+        valid = {*pd.read_csv(run/'files.csv').query('part == "valid"').image_hash}
+        found = [str(w.message) for w in told if 'was trained on' in str(w.message)]
+        assert len(found) == (seed == 1) and all(f'{len(valid & learned)} of {len(valid)} validation images' in message for message in found)
 
 
 def test_soft_mask_from_the_store_is_the_models(adapted, data, tmp_path):

@@ -237,7 +237,7 @@ class Design:
     "What is compared with what, and what counts as a claim."
     twin: str = 'undistilled'
     beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('soft masks, LFC', 'soft masks'), ('soft masks, HFC', 'soft masks'),
-                     ('soft masks', 'soft masks, squared Dice'), ('soft masks, as many labels', 'soft masks'), ('published trainable fusion', 'both'),
+                     ('soft masks', 'soft masks, squared Dice'), ('soft masks, as many labels', 'soft masks'), ('soft masks, as many labels', 'longer training'), ('all, as many labels', 'soft masks, as many labels'), ('published trainable fusion', 'both'),
                      ('soft masks', 'shuffled soft masks'), ('all', 'shuffled targets'), ('latents and freeze', 'latents and freeze with zero weight')) # arm, and the arm that it adds to
     controls: tuple = ('latents with zero weight', 'latents and freeze with zero weight', 'shuffled targets', 'shuffled soft masks', 'random-weight teacher', 'filter bank')
     rivals: tuple = ('longer training', 'longer training of equal cost', 'pretrained student', 'pretrained student of equal cost')

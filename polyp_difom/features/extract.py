@@ -56,7 +56,7 @@ def plan(self:FeatureStore,
     self.add_images(list(jobs))
     probe = teacher(torch.zeros(1, 3, teacher.size, teacher.size, device=teacher.mean.device))
     if probe.ndim != 4: raise InputError(f'teacher {teacher.name}: gives {tuple(probe.shape)} for one image; maps should be (1, channels, height, width)')
-    self.add_teacher(teacher.provenance, tuple(probe.shape[1:]))
+    self.add_teacher(teacher.provenance, tuple(probe.shape[1:]), teacher.learned_from)
     keys = list(jobs)
     return [Job(*jobs[keys[i]], self.rows[keys[i]]) for i in self.missing(teacher.name, keys, verify)]
 

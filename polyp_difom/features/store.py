@@ -199,24 +199,25 @@ def _exists(self:FeatureStore, teacher:str) -> bool: return self.files.exists(f'
 
 # %% ../../nbs/03_features/01_store.ipynb #d407bfca
 @patch
-def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple):
+def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple, learned_from):
     "An empty array, and with it how its maps are made."
     array = new_array(self._open('features'), _key(provenance['teacher']), (self._open('index').shape[0], *shape), (1, *shape))
-    array.attrs.update(provenance=provenance, checksum=True, versions=dict(polyp_difom=__version__, torch=version('torch'), timm=version('timm')))
+    array.attrs.update(provenance=provenance, learned_from=[*learned_from], checksum=True, versions=dict(polyp_difom=__version__, torch=version('torch'), timm=version('timm')))
     return array
 
 # %% ../../nbs/03_features/01_store.ipynb #3b606649
 @patch
 def add_teacher(self:FeatureStore,
     provenance:dict, # of the teacher: name, revision, size, preprocessing
-    shape:tuple # (C, h, w) of its maps
+    shape:tuple, # (C, h, w) of its maps
+    learned_from=() # `file_hash` in hex of the images whose masks it was trained on
 ):
     "Make room for a teacher, or see that the one here is the same. Raises `InputError` with the difference, or for a name that the store cannot use."
     if not _is_name(name := provenance['teacher']): raise InputError(f'{self.path}: no teacher can be called {name!r} here; give it another name with name=')
     with self.lock():
         listed, features, path = self.teachers, self.group.require_group('features'), f'features/{_key(name)}'
         held = self._exists(name) if name in listed else _chunk_rows(self.path, path) # maps remain where the list was lost
-        self._arrays[name] = self._open(path) if held else self._new_teacher(provenance, shape)
+        self._arrays[name] = self._open(path) if held else self._new_teacher(provenance, shape, learned_from)
         if held: self.check_teacher(provenance)
         if name not in listed: features.attrs['teachers'] = sorted([*listed, name]) # from here on it counts
 

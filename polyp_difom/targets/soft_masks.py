@@ -92,3 +92,9 @@ def teacher_dice(
     predicted, truth = given.flatten(1) > 127, truth.flatten(1)
     dice = (2*(predicted & truth).sum(1) + 1e-6)/(predicted.sum(1) + truth.sum(1) + 1e-6)
     return dice.mean().item() if reduce == 'mean' else dice
+
+# %% ../../nbs/05_targets/04_soft_masks.ipynb #d0c6a98c
+@patch(as_prop=True)
+def learned_from(self:SoftMasks) -> int:
+    "How many of the images the teacher was trained on, as far as the store knows."
+    return len({bytes(digest).hex() for digest in self.hashes} & {*self.store.array(self.teacher).attrs.get('learned_from', ())})

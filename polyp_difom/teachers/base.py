@@ -23,6 +23,7 @@ class Teacher(nn.Module):
     "A frozen model that gives a dense map; subclasses define `features`. Raises `InputError` for a size or a normalisation that makes no sense."
     settings = {} # what else decides its maps
     bfloat16 = False # arithmetic on a GPU
+    learned_from = () # `file_hash` in hex of the images whose masks it was trained on
 
     def __init__(self,
         name:str, # as in the registry

@@ -275,6 +275,7 @@ class RunTeacher(Teacher):
         name:str, run # folder of a finished run
     ):
         super().__init__(name, _finished(run)['size'])
+        self.learned_from = _learned_from(run)
         self.model = load_model(run)
         self.stride, self.stage, self.head = _find_stage(self.model, self.size, run)
 
@@ -298,6 +299,14 @@ def _finished(folder) -> dict: # its settings
     except (ValueError, OSError): raise InputError(f'{log}: not the log of a run; the run is damaged') from None
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
+
+def _learned_from(folder) -> list: # of hashes, in hex
+    "The images of its training part. Raises `InputError`."
+    path = Path(folder)/'files.csv'
+    try: files = pd.read_csv(path, dtype=str)
+    except FileNotFoundError: return [] # of before runs listed them
+    except ValueError: raise InputError(f'{path}: not the list of a run\'s images; put it back, or adapt again') from None
+    return sorted(files[files.part == 'train'].image_hash)
 
 # %% ../../nbs/07_training/05_adapt.ipynb #65332590
 def _same_teacher(spec:str, made:dict, folder) -> Teacher:
@@ -329,7 +338,7 @@ class DecoderTeacher(Teacher):
         decoder, teachers = _load_decoder(Path(folder)), [_same_teacher(spec, made['teachers'].get(one, {}), folder) for one, spec in made['specs'].items()] if looks else []
         super().__init__(name, max((teacher.size for teacher in teachers), default=decoder.size))
         self.teachers, self.decoder = nn.ModuleList(teachers), decoder
-        self.settings = dict(mask_logits=True, mask_size=decoder.size)
+        self.settings, self.learned_from = dict(mask_logits=True, mask_size=decoder.size), _learned_from(folder)
 
     def look(self, x): return [teacher(x).half().float() for teacher in self.teachers] # as a store keeps them
     def read(self, maps): return self.decoder.decode(*maps)

@@ -213,13 +213,20 @@ def _targets(store, images:tuple, hashes:tuple, model, target_config, config) ->
     made = build_targets(store, images[0], grids, model.latents.channels, target_config, more=images[1])
     return tuple(TargetStore(made.path, part, grids, known) for part, known in zip(images, hashes))
 
+def _soft_masks(store, images:tuple, teacher, size:int) -> list: # of the training part, of the validation part
+    "A warning says where the teacher is judged by what it was trained on."
+    soft, valid = [SoftMasks(store, part, teacher) for part in images]
+    if seen := valid.learned_from:
+        warnings.warn(f'{store.path}: {seen} of {len(valid)} validation images are among those that teacher {valid.teacher} was trained on, so its Dice there and the headroom are too high; adapt with the same labels, valid and seed, or with --folds')
+    return [soft.at(size), valid.at(size)]
+
 def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
     "Targets where latents learn them, soft masks where a teacher in the store gives them."
     hashes = [parallel_map(file_hash, part, 'reading') for part in images]
     targets = _targets(store, images, hashes, model, target_config, config) if model.distilled else (None, None)
     wanted = bool(adapted_teachers(store)) if config.soft_masks is None else config.soft_masks
     chosen = [teacher for teacher in store.check_teachers(target_config.teacher) if teacher in adapted_teachers(store)] # of several, the one that was named
-    soft = [SoftMasks(store, part, chosen[0] if len(chosen) == 1 else None).at(config.size) for part in images] if wanted else (None, None)
+    soft = _soft_masks(store, images, chosen[0] if len(chosen) == 1 else None, config.size) if wanted else (None, None)
     first, second = (_Signal(*one) for one in zip(targets, soft, hashes))
     return _shuffle(first, config.seed) if config.shuffled else first, second
 
