@@ -255,6 +255,14 @@ def test_a_preset_is_what_is_not_given_otherwise(data, features, tmp_path):
     with pytest.raises(InputError, match='unknown preset papr; nearest: paper'): train(data, tmp_path/'run', preset='papr', **SHORT)
 
 
+@pytest.mark.parametrize('options, batch', [({}, 32), (dict(ratio=.2), 20), (dict(batch_size=6), 6), (dict(preset='paper'), 16)])
+def test_frames_without_labels_take_no_labels_from_a_step(options, batch, data, store, frames, tmp_path):
+    short = {name: value for name, value in SHORT.items() if name != 'batch_size'}
+    run = train(data, tmp_path/'run', features=store, unlabelled=frames, steps=1, soft_on='all', **short | options)
+    assert settings_of(run)['batch_size'] == batch
+    assert ('batch_size' in json.loads((run/'config.json').read_text())['command'].replace('--batch-size', 'batch_size')) == ('batch_size' in options), 'what a preset says is not given'
+
+
 def test_the_command_repeats_the_run(data, store, frames, tmp_path, polyp_difom):
     held_out = make_synthetic(tmp_path/'other', n_train=2, n_test=1, seed=11, size=(96, 120))
     run = train(data, tmp_path/'run', features=store, unlabelled=frames, held_out=held_out, preset='paper', freeze=False, warm_heads=True, latents='free', soft_on='all', refresh=1, labels=.75,

@@ -146,7 +146,7 @@ class TrainConfig:
     "How a student is trained; the defaults are the paper's, `train` has presets. Raises `InputError` for a value that cannot be."
     size:int=352 # training size in pixels
     epochs:tuple=(40, 40, 40) # of phases I, II and III
-    batch_size:int=16 # images a step
+    batch_size:int=16 # images a step, of which `ratio` are without labels where there are such frames
     lr:float=1e-4 # of Adam; the peak with `schedule='one-cycle'`
     schedule:str='constant' # `constant`, `one-cycle` over all phases, or `restart`: one-cycle in each phase
     labels:float=1. # share of the training images whose masks are used

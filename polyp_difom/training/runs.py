@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, name_some, nearest, parallel_map, printable, read_options, to_place, progress
+from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, is_number, name_some, nearest, parallel_map, printable, read_options, to_place, progress
 
 import numpy as np
 import pandas as pd
@@ -306,15 +306,18 @@ def _describe(device:torch.device) -> str:
     return f'{device.type} ({torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()})'
 
 # %% ../../nbs/07_training/04_runs.ipynb #90ab77b7
-def _preset(name:str) -> dict: # option -> value
-    "Raises `InputError` for an unknown one."
+def _preset(name:str, given:dict) -> dict: # option -> value
+    "With frames without labels `best` has as many labelled images in a step as without. Raises `InputError` for an unknown one."
     if name not in presets: raise InputError(f'unknown preset {name}; {nearest(str(name), presets)}')
-    return presets[name]
+    ratio = given.get('ratio', TrainConfig.ratio)
+    more = name == 'best' and given.get('unlabelled') is not None and is_number(ratio, 0) and ratio < 1
+    return presets[name] | (dict(batch_size=round(TrainConfig.batch_size/(1 - ratio))) if more else {})
 
 def _given(preset:str, *configs) -> dict:
     "Options that differ from what the preset says, and the preset if it is not the default one."
-    usual = {field.name: field.default for config in configs for field in fields(config)} | _preset(preset)
-    given = {field.name: getattr(config, field.name) for config in configs for field in fields(config) if getattr(config, field.name) != usual[field.name]}
+    asked = {field.name: getattr(config, field.name) for config in configs for field in fields(config)}
+    usual = {field.name: field.default for config in configs for field in fields(config)} | _preset(preset, asked)
+    given = {name: value for name, value in asked.items() if value != usual[name]}
     return given | ({} if preset == 'best' else dict(preset=preset))
 
 def _words(name:str, value) -> list:
@@ -509,7 +512,7 @@ def train(
     **options # of `Layout`, `TargetConfig` and `TrainConfig`, as `size=352`
 ) -> Path: # `out`, with best.safetensors, last.safetensors, log.csv, curves.png, config.json, files.csv
     "Train a student, distilled or not. Raises `InputError` before anything is written if anything given does not fit."
-    layout, target_config, config, own, frames = read_options(_preset(preset) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
+    layout, target_config, config, own, frames = read_options(_preset(preset, options | dict(unlabelled=unlabelled)) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
     if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
