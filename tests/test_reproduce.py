@@ -47,7 +47,7 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
     known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
-    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze', 'soft masks, as many labels', 'all, as many labels'}
+    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
 
 
 def test_arms_differ_from_their_neighbour_in_the_named_thing():
@@ -57,8 +57,19 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('all', 'both') == {'soft_masks'} and differ('all', 'shuffled targets') == {'shuffled'}
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
-    assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, as many labels') == {'batch_size'}
+    assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
+    assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
     assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid'} # as many frames are held out
+
+
+@pytest.mark.parametrize('name', ['few-labels', 'new-hospital', 'small'])
+def test_an_arm_sees_as_many_labels_in_a_step_as_its_twin_or_says_so(name):
+    recipe = read_recipe(name)
+    for arm, options in recipe.arms.items():
+        batch = (recipe.shared | options)['batch_size']
+        labelled = batch - batch//2 if options.get('unlabelled') else batch # ratio 0.5, the default
+        half = 'half the labels' in arm or arm == 'soft masks, squared Dice' # an earlier grid's, which its comment says
+        assert labelled == recipe.shared['batch_size']/(2 if half else 1), arm
 
 
 def test_a_source_that_a_recipe_does_not_use_is_refused(data, tmp_path):
