@@ -15,7 +15,7 @@ from polyp_difom.evaluation.statistics import Design
 
 TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
               shared=dict(labels=0.5, size=64, epochs=[0, 2, 0], steps=4, batch_size=4, lr=1e-2, schedule='one-cycle', augment='strong', select='last', valid=0.2),
-              teacher=dict(labels=0.5, size=64, epochs=1, steps=4, batch_size=4, lr=3e-3),
+              teacher=dict(labels=0.5, size=64, epochs=1, steps=4, batch_size=4, lr=3e-3, valid=0.2),
               arms={'undistilled': {}, 'all': dict(features='adapted', unlabelled=True, soft_masks=True, lambdas=[1, .1, .1])})
 MADE = dict(backbone='timm/mobilenetv2_035,pretrained=False', device='cpu')
 
@@ -59,7 +59,7 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
     assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
     assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
-    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid'} # as many frames are held out
+    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
 
 
 @pytest.mark.parametrize('name', ['few-labels', 'new-hospital', 'small'])
@@ -67,7 +67,7 @@ def test_an_arm_sees_as_many_labels_in_a_step_as_its_twin_or_says_so(name):
     recipe = read_recipe(name)
     for arm, options in recipe.arms.items():
         batch = (recipe.shared | options)['batch_size']
-        labelled = batch - batch//2 if options.get('unlabelled') else batch # ratio 0.5, the default
+        labelled = batch - batch//2 if options.get('unlabelled') or arm == 'labels for all' else batch # ratio 0.5, the default; or frames with their true masks
         half = 'half the labels' in arm or arm == 'soft masks, squared Dice' # an earlier grid's, which its comment says
         assert labelled == recipe.shared['batch_size']/(2 if half else 1), arm
 
