@@ -239,7 +239,7 @@ def _train(
     preset:Annotated[str, _option('What is not given otherwise: best (what our evidence supports) or paper (the paper to the letter).', _BASIC)]='best',
     unlabelled:Annotated[Optional[str], _option('Frames without masks, a folder, or [b]rest[/b] for the training images that --labels leaves out. No test image may be among them.', _BASIC)]=None,
     epochs:Annotated[Tuple[int, int, int], _option('Epochs of phases I (segmentation), II (and distillation), III (encoder frozen).', _BASIC, metavar='N N N')]=(40, 40, 40),
-    batch_size:Annotated[int, _option('Images per step, with and without labels; more with --unlabelled, so that as many have labels (32 with --ratio 0.5).', _BASIC)]=16,
+    batch_size:Annotated[int, _option('Images per step, with and without labels. Preset best takes more with --unlabelled, so that as many have labels (32 with --ratio 0.5).', _BASIC)]=16,
     lr:Annotated[Optional[float], _option('Learning rate of Adam; the peak with --schedule one-cycle.', _BASIC)]=None,
     resume:Annotated[Optional[Path], _option('Go on with this run, and nothing else is needed. With --epochs a finished run is extended.', _BASIC)]=None,
     device:Annotated[Optional[str], _option('cuda, cpu …; the fastest there is by default.', _BASIC)]=None,

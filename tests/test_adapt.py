@@ -20,7 +20,7 @@ from polyp_difom.features.store import FeatureStore
 from polyp_difom.model.model import load_model, predict
 from polyp_difom.teachers.registry import create_teacher
 from polyp_difom.training.adapt import FoldedTeacher, adapt, measure_headroom, threshold_dice
-from polyp_difom.training.runs import ADDED, Checkpoint, _settings_digest, train
+from polyp_difom.training.runs import LATER_SETTINGS, Checkpoint, _settings_digest, train
 from polyp_difom.weights import read_tensors, save_tensors
 
 COMMON = dict(size=64, batch_size=4, valid=.25, device='cpu')
@@ -87,7 +87,7 @@ def test_one_that_was_adapted_before_a_setting_came_is_gone_on_with(way, data, f
     out, options = tmp_path/'before', ways(features)[way]
     shutil.copytree(dict(backbone=adapted, features=stored)[way], out)
     held = json.loads((out/'config.json').read_text())
-    for name in ADDED: del held['settings'][name]
+    for name in LATER_SETTINGS: del held['settings'][name]
     (out/'config.json').write_text(json.dumps(held))
     tensors, kept = read_tensors(out/'last.safetensors')
     save_tensors(tensors, out/'last.safetensors', kept | dict(settings=_settings_digest(out)))
@@ -127,6 +127,39 @@ def test_a_run_that_is_judged_by_what_its_teacher_was_trained_on_says_so(adapted
         valid = {*pd.read_csv(run/'files.csv').query('part == "valid"').image_hash}
         found = [str(w.message) for w in told if 'was trained on' in str(w.message)]
         assert len(found) == (seed == 1) and all(f'{len(valid & learned)} of {len(valid)} validation images' in message for message in found)
+
+
+def test_a_store_that_did_not_keep_what_its_teacher_was_trained_on_learns_it(adapted, data, tmp_path):
+    for round in range(2):
+        extract(data, [f'adapted={adapted}'], tmp_path/'store', device='cpu')
+        attributes = FeatureStore(tmp_path/'store').array('adapted').attrs
+        assert attributes['learned_from'] == create_teacher(f'adapted={adapted}').learned_from != []
+        if not round: del attributes['learned_from']
+
+
+def test_what_a_teacher_was_trained_on_is_known_through_decoders_and_folds(adapted, data, tmp_path):
+    inner = {*create_teacher(f'adapted={adapted}').learned_from}
+    extract(data, [f'adapted={adapted}'], tmp_path/'store', device='cpu')
+    options = COMMON | dict(features=tmp_path/'store', teacher=f'adapted={adapted}', width=8, epochs=1, steps=1, labels=.5, seed=1)
+    own = adapt(data, tmp_path/'decoder', **options)
+    assert {*create_teacher(f'adapted={own}').learned_from} == inner | {*pd.read_csv(own/'files.csv').query('part == "train"').image_hash}
+    assert {*create_teacher(f'adapted={adapt(data, tmp_path/"folded", folds=2, **options)}').learned_from} == inner
+
+
+def test_frames_without_masks_are_not_what_a_teacher_was_trained_on(adapted, data, tmp_path):
+    extract(data, [f'adapted={adapted}'], tmp_path/'store', device='cpu')
+    run = train(data, tmp_path/'run', 'unet,width=4', tmp_path/'store', unlabelled='rest', labels=.5, epochs=(1, 1, 0), steps=1, **COMMON)
+    files = pd.read_csv(run/'files.csv', keep_default_na=False)
+    learned = create_teacher(f'adapted={run}').learned_from
+    assert (files['mask'] == 'None').any() and learned == sorted(files.query('part == "train" and mask != "None"').image_hash)
+
+
+@pytest.mark.parametrize('damage', [lambda f: f.write_text('a,b\n1,2\n'), lambda f: f.write_text(f.read_text().replace('train', 'trian')), lambda f: f.write_text(f.read_text()[:-400]),
+                                    lambda f: f.write_text('part,image,mask,image_hash\n'), lambda f: f.write_bytes(b'\xff\xfe\x00'), lambda f: (f.unlink(), f.mkdir())])
+def test_a_damaged_list_of_images_is_refused(damage, adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path/'teacher')
+    damage(tmp_path/'teacher/files.csv')
+    with pytest.raises(InputError, match='files.csv.*put it back'): create_teacher(f'adapted={tmp_path}/teacher')
 
 
 def test_soft_mask_from_the_store_is_the_models(adapted, data, tmp_path):

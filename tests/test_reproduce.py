@@ -10,7 +10,7 @@ from polyp_difom.core import InputError, is_running
 from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
-from polyp_difom.evaluation.reproduce import Recipe, _check_options, list_jobs, list_recipes, read_recipe, reproduce
+from polyp_difom.evaluation.reproduce import Recipe, _check_options, _configuration, list_jobs, list_recipes, read_recipe, reproduce
 from polyp_difom.evaluation.statistics import Design
 
 TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
@@ -47,6 +47,7 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
     known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
+    assert not any(Design().claims(arm) for arm in known if 'shuffled' in arm or 'undistilled' in arm or 'longer' in arm)
     for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
 
 
@@ -67,9 +68,15 @@ def test_an_arm_sees_as_many_labels_in_a_step_as_its_twin_or_says_so(name):
     recipe = read_recipe(name)
     for arm, options in recipe.arms.items():
         batch = (recipe.shared | options)['batch_size']
-        labelled = batch - batch//2 if options.get('unlabelled') or arm == 'labels for all' else batch # ratio 0.5, the default; or frames with their true masks
+        labelled = batch - round(batch*options.get('ratio', .5)) if options.get('unlabelled') or arm == 'labels for all' else batch # of the latter half have the true masks of those frames
         half = 'half the labels' in arm or arm == 'soft masks, squared Dice' # an earlier grid's, which its comment says
         assert labelled == recipe.shared['batch_size']/(2 if half else 1), arm
+
+
+def test_a_result_knows_the_batch_that_the_preset_chose():
+    recipe = Recipe('own', 'Own', [0], ['unet,width=4'], 'undistilled', unlabelled='rest', shared=dict(size=64), teacher=dict(size=64), arms={'undistilled': {}, 'all': dict(features='adapted', unlabelled=True)})
+    made = {job.arm: _configuration(job, recipe).get('batch_size') for job in list_jobs(recipe)}
+    assert made == {'undistilled': None, 'all': 32}
 
 
 def test_a_source_that_a_recipe_does_not_use_is_refused(data, tmp_path):

@@ -255,12 +255,20 @@ def test_a_preset_is_what_is_not_given_otherwise(data, features, tmp_path):
     with pytest.raises(InputError, match='unknown preset papr; nearest: paper'): train(data, tmp_path/'run', preset='papr', **SHORT)
 
 
-@pytest.mark.parametrize('options, batch', [({}, 32), (dict(ratio=.2), 20), (dict(batch_size=6), 6), (dict(preset='paper'), 16)])
+@pytest.mark.parametrize('options, batch', [({}, 32), (dict(ratio=.2), 20), (dict(ratio=.3), 23), (dict(ratio=.01), 17), (dict(batch_size=6), 6), (dict(preset='paper'), 16), (dict(unlabelled=None), 16)])
 def test_frames_without_labels_take_no_labels_from_a_step(options, batch, data, store, frames, tmp_path):
     short = {name: value for name, value in SHORT.items() if name != 'batch_size'}
-    run = train(data, tmp_path/'run', features=store, unlabelled=frames, steps=1, soft_on='all', **short | options)
+    look = Look()
+    run = train(data, tmp_path/'run', features=store, cbs=[look], steps=1, soft_on='all', **short | dict(unlabelled=frames) | options)
     assert settings_of(run)['batch_size'] == batch
+    if batch >= 16 and settings_of(run)['unlabelled'] and 'preset' not in options: assert look.batches[0][:2] == (batch, 16), 'images of a step, and those with labels'
     assert ('batch_size' in json.loads((run/'config.json').read_text())['command'].replace('--batch-size', 'batch_size')) == ('batch_size' in options), 'what a preset says is not given'
+
+
+def test_a_ratio_that_takes_a_huge_batch_is_refused(data, store, frames, tmp_path):
+    short = {name: value for name, value in SHORT.items() if name != 'batch_size'}
+    with pytest.raises(InputError, match='ratio 0.99: 16 images with labels make a batch of 1600; give a lower ratio, or a batch_size'): train(data, tmp_path/'run', features=store, unlabelled=frames, ratio=.99, **short)
+    assert not (tmp_path/'run').exists()
 
 
 def test_the_command_repeats_the_run(data, store, frames, tmp_path, polyp_difom):

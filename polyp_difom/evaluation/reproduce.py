@@ -28,7 +28,7 @@ from ..students.blocks import count_params_macs
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
 from ..training.learner import TrainConfig
-from ..training.runs import resume, train
+from ..training.runs import preset_options, resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
@@ -256,7 +256,8 @@ def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.j
 
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     frames = dict(frames=recipe.unlabelled) if job.options.get('unlabelled') else {}
-    return json.loads(json.dumps(dict(student=job.student, **job.options, **frames, teacher_options=recipe.teacher)))
+    batch = {key: value for key, value in preset_options(recipe.preset, job.options | (frames and dict(unlabelled=recipe.unlabelled))).items() if key == 'batch_size'}
+    return json.loads(json.dumps(dict(student=job.student, **batch | job.options, **frames, teacher_options=recipe.teacher)))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."

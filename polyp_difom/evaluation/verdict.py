@@ -70,15 +70,16 @@ def _no_headroom(judged, design) -> str:
     largest = max(rooms, key=rooms.get)
     return f'has no headroom of {100*design.headroom:g} points on any unseen set (at most {points(rooms[largest])} on {largest})'
 
-def _ahead(j) -> str:
-    "An arm beside the control that has all but the teacher's word."
+def _ahead(j, what:str) -> str: # `control` or `rival`
+    "An arm beside the control that has all but the teacher's word, or the rival that has as much compute."
     where = _listed(j['gains'] or j['losses']) if j['gains'] or j['losses'] else _together(j)
-    if j['helps'] or j['harms']: return f'{j["arm"]} is {"ahead of" if j["helps"] else "behind"} the control {j["base"]} ({where})'
-    return f'{j["arm"]} is not ahead of the control {j["base"]} by more than noise ({where})'
+    if j['helps'] or j['harms']: return f'{j["arm"]} is {"ahead of" if j["helps"] else "behind"} the {what} {j["base"]} ({where})'
+    return f'{j["arm"]} is not ahead of the {what} {j["base"]} by more than noise ({where})'
 
 def _beside(j, design) -> str:
-    "What an arm adds to another, or whether it is ahead of its control."
-    if j['base'] in design.controls: return _ahead(j)
+    "What an arm adds to another, or whether it is ahead of its control or rival."
+    if j['base'] in design.controls: return _ahead(j, 'control')
+    if j['base'] in design.rivals: return _ahead(j, 'rival')
     if j['helps'] or j['harms']: return f'{j["arm"]} {"adds to" if j["helps"] else "takes from"} {j["base"]} ({_listed(j["gains"] or j["losses"]) if j["gains"] or j["losses"] else _together(j)})'
     return f'{j["arm"]} adds nothing to {j["base"]} that one can tell from noise ({_together(j)})'
 

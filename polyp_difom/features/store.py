@@ -219,6 +219,7 @@ def add_teacher(self:FeatureStore,
         held = self._exists(name) if name in listed else _chunk_rows(self.path, path) # maps remain where the list was lost
         self._arrays[name] = self._open(path) if held else self._new_teacher(provenance, shape, learned_from)
         if held: self.check_teacher(provenance)
+        if learned_from and not self._arrays[name].attrs.get('learned_from'): self._arrays[name].attrs['learned_from'] = [*learned_from] # of a store made before it was kept
         if name not in listed: features.attrs['teachers'] = sorted([*listed, name]) # from here on it counts
 
 # %% ../../nbs/03_features/01_store.ipynb #64ca27eb

@@ -95,6 +95,7 @@ def teacher_dice(
 
 # %% ../../nbs/05_targets/04_soft_masks.ipynb #d0c6a98c
 @patch(as_prop=True)
-def learned_from(self:SoftMasks) -> int:
-    "How many of the images the teacher was trained on, as far as the store knows."
-    return len({bytes(digest).hex() for digest in self.hashes} & {*self.store.array(self.teacher).attrs.get('learned_from', ())})
+def n_learned(self:SoftMasks) -> int:
+    "How many of these images are among those the teacher was trained on, as far as the store knows."
+    learned = {*self.store.array(self.teacher).attrs.get('learned_from', ())}
+    return sum(bytes(digest).hex() in learned for digest in self.hashes)

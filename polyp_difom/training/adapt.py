@@ -42,7 +42,7 @@ from ..model.model import load_model, predict_logits, to_map
 from .losses import OutputLoss
 from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
-from .runs import ADDED, Checkpoint, ConsoleProgress, alone, resume, split_labelled, strange_files, train, write_config, write_files
+from .runs import LATER_SETTINGS, Checkpoint, ConsoleProgress, alone, resume, split_labelled, strange_files, train, write_config, write_files
 
 # %% ../../nbs/07_training/05_adapt.ipynb #4661faae
 def threshold_dice(
@@ -102,7 +102,7 @@ def _read_settings(folder:Path) -> tuple: # config.json, and the settings in it
     except ValueError: raise InputError(f'{config}: not readable as JSON; the run is damaged') from None
     check_fields(held, dict(settings=of_type('names and values', dict)), config)
     check_fields(held['settings'], dict(size=whole_number(32, 4096), epochs=of_type('a list', list)), f'{config}: settings')
-    return held, ADDED | held['settings']
+    return held, LATER_SETTINGS | held['settings']
 
 def _by_name(settings:dict) -> dict:
     "With the backbone's file by its name: it may have moved."
@@ -300,13 +300,23 @@ def _finished(folder) -> dict: # its settings
     if done < asked or not (Path(folder)/'best.safetensors').is_file(): raise InputError(f'{folder}: is not finished ({done if log.is_file() else 0} of {asked} epochs); run the same command again')
     return settings
 
-def _learned_from(folder) -> list: # of hashes, in hex
-    "The images of its training part. Raises `InputError`."
+def _read_files(folder) -> pd.DataFrame: # part, image, mask, image_hash
+    "The images of a run. Raises `InputError` where their list is missing or damaged."
     path = Path(folder)/'files.csv'
-    try: files = pd.read_csv(path, dtype=str)
-    except FileNotFoundError: return [] # of before runs listed them
-    except ValueError: raise InputError(f'{path}: not the list of a run\'s images; put it back, or adapt again') from None
-    return sorted(files[files.part == 'train'].image_hash)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not table.part.isin(('train', 'valid')).all() or 'mask' not in table or any(len(bytes.fromhex(digest)) != 16 for digest in table.image_hash): raise ValueError
+    except (OSError, ValueError, AttributeError): raise InputError(f'{path}: missing or not the list of a run\'s images; put it back, or make the run again') from None
+    return table
+
+def _learned_from(folder) -> list: # of hashes, in hex
+    "The images of its training part that have masks; none of an imported checkpoint. Raises `InputError`."
+    if not (Path(folder)/'files.csv').exists(): return []
+    table = _read_files(folder)
+    learned = table[(table.part == 'train') & (table['mask'] != 'None')] # frames have none
+    known = _read_settings(Path(folder))[1].get('images')
+    if known and len(learned) != known[0]: raise InputError(f'{folder}/files.csv: lists {len(learned)} training images with masks, and the run had {known[0]}; put it back, or make the run again')
+    return sorted(learned.image_hash)
 
 # %% ../../nbs/07_training/05_adapt.ipynb #65332590
 def _same_teacher(spec:str, made:dict, folder) -> Teacher:
@@ -327,6 +337,9 @@ def _load_decoder(folder:Path) -> FeatureDecoder:
     return decoder.eval()
 
 # %% ../../nbs/07_training/05_adapt.ipynb #a43b1e78
+def _of_teachers(teachers) -> set: # what they were trained on
+    return {digest for teacher in teachers for digest in teacher.learned_from}
+
 class DecoderTeacher(Teacher):
     "Frozen teachers and the decoder on their maps: (B, 3, S, S) -> (B, 1 + width, size/4, size/4)."
     def __init__(self,
@@ -338,7 +351,8 @@ class DecoderTeacher(Teacher):
         decoder, teachers = _load_decoder(Path(folder)), [_same_teacher(spec, made['teachers'].get(one, {}), folder) for one, spec in made['specs'].items()] if looks else []
         super().__init__(name, max((teacher.size for teacher in teachers), default=decoder.size))
         self.teachers, self.decoder = nn.ModuleList(teachers), decoder
-        self.settings, self.learned_from = dict(mask_logits=True, mask_size=decoder.size), _learned_from(folder)
+        self.settings = dict(mask_logits=True, mask_size=decoder.size)
+        self.learned_from = sorted({*_learned_from(folder), *_of_teachers(teachers)})
 
     def look(self, x): return [teacher(x).half().float() for teacher in self.teachers] # as a store keeps them
     def read(self, maps): return self.decoder.decode(*maps)
@@ -357,6 +371,7 @@ class FoldedTeacher(Teacher):
         self.members, self.taken, self.views = nn.ModuleList(members), None, {}
         self.fold = {bytes.fromhex(digest): fold - 1 for digest, fold in zip(table.image_hash, table.fold)}
         self.settings = members[0].settings | dict(folds=len(members), dealt=_folds_hash(table))
+        self.learned_from = sorted(_of_teachers(getattr(members[0], 'teachers', ()))) # each labelled image is judged by a member that has not seen it
 
     def features(self, x): # (B, 3, S, S) -> (B, 1 + C, S/4, S/4)
         seen, first = self.members[0].look(x), self.members[0]
@@ -391,10 +406,8 @@ def _read_folds(folder:Path) -> pd.DataFrame: # fold (1 to n), image, image_hash
 def _check_folds(folder:Path, table:pd.DataFrame):
     "Raise `InputError` where a member has seen images that are said to be unseen by it, or that the table does not know."
     for k in range(1, table.fold.max() + 1):
-        files = folder/f'fold-{k}'/'files.csv'
-        try: seen = {*pd.read_csv(files, dtype=str).image_hash}
-        except (OSError, ValueError, AttributeError): raise InputError(f'{files}: missing or not the list of a run\'s images; put it back, or adapt again') from None
-        if seen & {*table.image_hash[table.fold == k]} or seen - {*table.image_hash}: raise InputError(f'{files}: is not of the fold that {folder/"folds.csv"} says; put both back as they were, or adapt again')
+        seen = {*_read_files(folder/f'fold-{k}').image_hash}
+        if seen & {*table.image_hash[table.fold == k]} or seen - {*table.image_hash}: raise InputError(f'{folder}/fold-{k}/files.csv: is not of the fold that {folder/"folds.csv"} says; put both back as they were, or adapt again')
 
 def _folds_hash(table) -> str: return f'{pd.util.hash_pandas_object(table[["fold", "image_hash"]], index=False).sum():016x}'
 
@@ -441,8 +454,7 @@ def _student_part(student) -> set: # of hashes
     "The validation images of a student alone. Raises `InputError` if its score would mean something else."
     settings = _finished(student)
     if settings.get('distilled'): raise InputError(f'{student}: is distilled; the headroom is that of a student alone: give its undistilled twin')
-    try: files = pd.read_csv(Path(student)/'files.csv')
-    except FileNotFoundError: raise InputError(f'{student}/files.csv: missing; the headroom needs the run of a student with its validation images') from None
+    files = _read_files(student)
     return set(files[files.part == 'valid'].image_hash)
 
 def _common_part(pairs:list, student, whole:bool) -> list: # of pairs
