@@ -315,7 +315,8 @@ def _learned_from(folder) -> list: # of hashes, in hex
     table = _read_files(folder)
     learned = table[(table.part == 'train') & (table['mask'] != 'None')] # frames have none
     known = _read_settings(Path(folder))[1].get('images')
-    if known and len(learned) != known[0]: raise InputError(f'{folder}/files.csv: lists {len(learned)} training images with masks, and the run had {known[0]}; put it back, or make the run again')
+    listed = [len(learned), int((table.part == 'valid').sum())]
+    if known and listed != known: raise InputError(f'{folder}/files.csv: lists {listed[0]} training images with masks and {listed[1]} validation images, and the run had {known[0]} and {known[1]}; put it back, or make the run again')
     return sorted(learned.image_hash)
 
 # %% ../../nbs/07_training/05_adapt.ipynb #65332590
