@@ -213,6 +213,7 @@ def _features_hash(place) -> str:
     store = FeatureStore(place)
     return bytes_hash(json.dumps({name: dict(store.array(name).attrs['provenance']) for name in sorted(store.teachers)}, sort_keys=True).encode()).hex()
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #2fe14ba0
 def _uses(job:Job, recipe:Recipe) -> set: # of what a run depends on beside the data set
     "Frames, backbone, features."
     pretrained = job.options.get('pretrained') is True and 'student' in job.options
@@ -221,6 +222,7 @@ def _uses(job:Job, recipe:Recipe) -> set: # of what a run depends on beside the 
 
 _optional = ('frames', 'backbone', 'features')
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #af340f3b
 def _score(run:Path, sets:dict) -> tuple: # sets, cost
     "Scores and per-image records of a run on every set; parameters (millions) and GMACs of what is deployed."
     model, settings = read_run(run)
@@ -256,7 +258,8 @@ def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.j
 
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     frames = dict(frames=recipe.unlabelled) if job.options.get('unlabelled') else {}
-    batch = {key: value for key, value in preset_options(recipe.preset, job.options | (frames and dict(unlabelled=recipe.unlabelled))).items() if key == 'batch_size'}
+    chosen = preset_options(recipe.preset, job.options)
+    batch = dict(batch_size=chosen['batch_size']) if 'batch_size' in chosen else {}
     return json.loads(json.dumps(dict(student=job.student, **batch | job.options, **frames, teacher_options=recipe.teacher)))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
@@ -290,6 +293,7 @@ def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     if parse_spec(options['student'])[0] in ('unet', 'unetpp'): options.pop('pretrained', None)
     return options | dict(seed=job.seed)
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #3b5a6dd8
 def _check_place(out:Path, record):
     "Raise `InputError` for a folder of something else, and for a record in the place of something else."
     if out.is_dir() and any(out.iterdir()) and not (out/'.preparing').exists(): raise InputError(f'{out}: is a folder of something else; choose another --out')
@@ -300,6 +304,7 @@ def _check_options(job:Job):
     "Raise `InputError` for an option that `train` does not have."
     read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')} | dict(seed=job.seed), TargetConfig, TrainConfig)
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #ec0f7b91
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
     run, begun = out/'runs'/job.place, out/'begun'/f'{job.place}.json'
@@ -393,6 +398,7 @@ def _command(recipe:str, sources:Sources, out:Path, **asked) -> str: # `asked`: 
     options = some + [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
     return printable(shlex.join(['polyp-difom', 'reproduce', recipe, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #5e335a7a
 def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     "Frames that look alike belong together where nothing is known of their sequences."
     def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
@@ -414,6 +420,7 @@ def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
     return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others, trained_on=_trained_on(sources, sets))
 
+# %% ../../nbs/10_evaluation/07_reproduce.ipynb #332be2de
 def _grid_results(recipe:Recipe, out:Path, data:dict) -> list:
     "The results of a recipe's arms and students. Raises `InputError` for one of other options or data."
     if not any((out/'results').rglob('result.json')): return []

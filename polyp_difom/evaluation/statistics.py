@@ -253,6 +253,7 @@ class Design:
     def claims(self, arm:str) -> bool: # might it be said of the arm that it helps?
         return arm not in (self.twin, *self.controls, *self.rivals, *self.references)
 
+# %% ../../nbs/10_evaluation/03_statistics.ipynb #80410b3e
 TOGETHER = 'unseen sets together'
 
 def names_of(
@@ -344,6 +345,7 @@ def read_result(
         if wrong or not sets: raise InputError(f'{file}: no scores of {what} between 0 and 1 that are the means of their images ({name_some(wrong) or "no set"}); remove it and run it again')
     return result
 
+# %% ../../nbs/10_evaluation/03_statistics.ipynb #ddbc477e
 def read_results(
     folder # in which, or below which, runs left `result.json`
 ) -> list: # of dict, sorted by path

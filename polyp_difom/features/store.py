@@ -199,10 +199,10 @@ def _exists(self:FeatureStore, teacher:str) -> bool: return self.files.exists(f'
 
 # %% ../../nbs/03_features/01_store.ipynb #d407bfca
 @patch
-def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple, learned_from):
+def _new_teacher(self:FeatureStore, provenance:dict, shape:tuple):
     "An empty array, and with it how its maps are made."
     array = new_array(self._open('features'), _key(provenance['teacher']), (self._open('index').shape[0], *shape), (1, *shape))
-    array.attrs.update(provenance=provenance, learned_from=[*learned_from], checksum=True, versions=dict(polyp_difom=__version__, torch=version('torch'), timm=version('timm')))
+    array.attrs.update(provenance=provenance, checksum=True, versions=dict(polyp_difom=__version__, torch=version('torch'), timm=version('timm')))
     return array
 
 # %% ../../nbs/03_features/01_store.ipynb #3b606649
@@ -217,9 +217,9 @@ def add_teacher(self:FeatureStore,
     with self.lock():
         listed, features, path = self.teachers, self.group.require_group('features'), f'features/{_key(name)}'
         held = self._exists(name) if name in listed else _chunk_rows(self.path, path) # maps remain where the list was lost
-        self._arrays[name] = self._open(path) if held else self._new_teacher(provenance, shape, learned_from)
+        self._arrays[name] = self._open(path) if held else self._new_teacher(provenance, shape)
         if held: self.check_teacher(provenance)
-        if learned_from and not self._arrays[name].attrs.get('learned_from'): self._arrays[name].attrs['learned_from'] = [*learned_from] # of a store made before it was kept
+        if learned_from and not self._arrays[name].attrs.get('learned_from'): self._arrays[name].attrs['learned_from'] = [*learned_from] # stores of before have none
         if name not in listed: features.attrs['teachers'] = sorted([*listed, name]) # from here on it counts
 
 # %% ../../nbs/03_features/01_store.ipynb #64ca27eb

@@ -98,4 +98,4 @@ def teacher_dice(
 def n_learned(self:SoftMasks) -> int:
     "How many of these images are among those the teacher was trained on, as far as the store knows."
     learned = {*self.store.array(self.teacher).attrs.get('learned_from', ())}
-    return sum(bytes(digest).hex() in learned for digest in self.hashes)
+    return sum(digest.hex() in learned for digest in self.hashes)

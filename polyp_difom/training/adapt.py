@@ -274,8 +274,9 @@ class RunTeacher(Teacher):
     def __init__(self,
         name:str, run # folder of a finished run
     ):
-        super().__init__(name, _finished(run)['size'])
-        self.learned_from = _learned_from(run)
+        made = _finished(run)
+        super().__init__(name, made['size'])
+        self.learned_from = _learned_from(run, made)
         self.model = load_model(run)
         self.stride, self.stage, self.head = _find_stage(self.model, self.size, run)
 
@@ -309,13 +310,12 @@ def _read_files(folder) -> pd.DataFrame: # part, image, mask, image_hash
     except (OSError, ValueError, AttributeError): raise InputError(f'{path}: missing or not the list of a run\'s images; put it back, or make the run again') from None
     return table
 
-def _learned_from(folder) -> list: # of hashes, in hex
+def _learned_from(folder, settings:dict) -> list: # of hashes, in hex
     "The images of its training part that have masks; none of an imported checkpoint. Raises `InputError`."
     if not (Path(folder)/'files.csv').exists(): return []
     table = _read_files(folder)
     learned = table[(table.part == 'train') & (table['mask'] != 'None')] # frames have none
-    known = _read_settings(Path(folder))[1].get('images')
-    listed = [len(learned), int((table.part == 'valid').sum())]
+    known, listed = settings.get('images'), [len(learned), int((table.part == 'valid').sum())]
     if known and listed != known: raise InputError(f'{folder}/files.csv: lists {listed[0]} training images with masks and {listed[1]} validation images, and the run had {known[0]} and {known[1]}; put it back, or make the run again')
     return sorted(learned.image_hash)
 
@@ -353,7 +353,7 @@ class DecoderTeacher(Teacher):
         super().__init__(name, max((teacher.size for teacher in teachers), default=decoder.size))
         self.teachers, self.decoder = nn.ModuleList(teachers), decoder
         self.settings = dict(mask_logits=True, mask_size=decoder.size)
-        self.learned_from = sorted({*_learned_from(folder), *_of_teachers(teachers)})
+        self.learned_from = sorted({*_learned_from(folder, made), *_of_teachers(teachers)})
 
     def look(self, x): return [teacher(x).half().float() for teacher in self.teachers] # as a store keeps them
     def read(self, maps): return self.decoder.decode(*maps)

@@ -85,6 +85,7 @@ def find_loss(
     if loss not in known: raise InputError(f'unknown {what} {loss}; {nearest(str(loss), [*known, *(loss_makers if known is losses else ())])}')
     return known[loss]
 
+# %% ../../nbs/07_training/01_losses.ipynb #afb29685
 def whole_outputs(
     *needs # names of maps beside the logits, without which it would be another loss in training
 ): # decorator of a callable of (`SideOutputs`, mask)

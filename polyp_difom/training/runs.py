@@ -313,7 +313,7 @@ def preset_options(
     "With frames without labels `best` has as many labelled images in a step as without. Raises `InputError` for an unknown one, and where that takes a batch of more than 512."
     if name not in presets: raise InputError(f'unknown preset {name}; {nearest(str(name), presets)}')
     ratio, labelled = given.get('ratio', TrainConfig.ratio), TrainConfig.batch_size
-    if name != 'best' or given.get('unlabelled') is None or not is_number(ratio, 0) or ratio >= 1: return presets[name]
+    if name != 'best' or not given.get('unlabelled') or not is_number(ratio, 0) or ratio >= 1: return presets[name]
     batch_size = labelled + max(1, round(labelled*ratio/(1 - ratio)))
     if batch_size > 512 and given.get('batch_size') is None: raise InputError(f'ratio {ratio}: {labelled} images with labels make a batch of {batch_size}; give a lower ratio, or a batch_size')
     return presets[name] | dict(batch_size=batch_size)
