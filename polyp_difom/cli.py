@@ -194,6 +194,7 @@ def _adapt(
     given = _given(context)
     from polyp_difom.training.adapt import adapt
     adapt(**given)
+    if not student: _say('for the headroom, give the run of a student alone with the same validation images: --student RUN')
     _say(f'use it with: polyp-difom extract FRAMES --teacher adapted={out} --out STORE')
 
 # %% ../nbs/13_cli.ipynb #486eda7c

@@ -122,6 +122,17 @@ def test_sets_that_are_gone_leave_no_results_and_notes_stay(run, tests):
     assert files_of(run) == ['Two.csv', 'Two.png', 'notes.txt', 'report.json', 'report.md']
 
 
+def test_the_report_of_other_data_steps_aside_and_comes_back(run, tests, tmp_path):
+    evaluate(run, tests)
+    first = (run/'evaluation/report.md').read_text()
+    save_set(tmp_path/'mine/images', tmp_path/'mine/masks', 'abcd')
+    evaluate(run, tmp_path/'mine')
+    assert (run/f'evaluation/report-{tests.name}.md').read_text() == first and 'mine' in (run/'evaluation/report.md').read_text()
+    shutil.rmtree(tests/'TestDataset/One')
+    evaluate(run, tests)
+    assert files_of(run) == ['Two.csv', 'Two.png', 'mine.csv', 'mine.png', 'report-mine.json', 'report-mine.md', 'report.json', 'report.md']
+
+
 @pytest.mark.parametrize('moment', range(4))
 def test_an_error_at_any_moment_leaves_the_old_evaluation(run, tests, monkeypatch, moment):
     "Scoring of either set, writing of the first and of the last file."

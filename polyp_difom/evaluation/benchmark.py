@@ -6,7 +6,7 @@
 __all__ = ['check_sets', 'SeenFrames', 'evaluate']
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #b5491be5
-import json, shlex, time, warnings
+import json, os, shlex, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -106,20 +106,32 @@ def _evaluate_set(model, pairs, size, above, name, corrected=False) -> tuple: # 
     return summary, {f'{stem}.csv': per_image.to_csv().encode()} | ({f'{stem}.png': picture} if picture else {})
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #e5bee5c8
-def _old_files(out, data:str) -> list: # of Path, report.json last
-    "What the last evaluation on these data wrote; pictures and scores of other data stay."
+def _reports(out, data:str=None) -> list: # report.md and report.json, or where those of other data step aside to
+    return [out/f'report{data and f"-{_file_stem(Path(data).name)}" or ""}{kind}' for kind in ('.md', '.json')]
+
+def _told(report) -> tuple: # data, names of files; None and nothing if that cannot be known
+    "Which data a `report.json` is of, and what was written beside it."
     try:
-        kept = json.loads((out/'report.json').read_text())
-        names = kept['files'] if kept['data'] == data else []
-    except (OSError, ValueError, TypeError, KeyError): names = []
-    return [out/Path(str(name)).name for name in names if str(name) != 'report.json'] + [out/'report.json']
+        kept = json.loads(report.read_text())
+        return str(kept['data']), [Path(str(name)).name for name in kept['files']]
+    except (OSError, ValueError, TypeError, KeyError): return None, []
+
+def _make_room(out, data:str):
+    "What the last evaluation on these data wrote goes; of one on other data the scores and pictures stay, and its reports step aside."
+    last, _ = _told(out/'report.json')
+    for report in (_reports(out), _reports(out, data)): # of these data, the last one or the one before others
+        about, names = _told(report[1])
+        for old in [*(out/name for name in names if name not in ('report.md', 'report.json')), *report] if about == data else ():
+            if old.is_file(): old.unlink()
+    for old, aside in zip(_reports(out), _reports(out, last)):
+        if old.is_file(): old.unlink() if last in (None, data) else os.replace(old, aside)
 
 def _write_files(out, files:dict, data:str): # name -> content, report.json first
     "Write all files, then put them in the place of the old ones."
     with disk_full_error(out), ExitStack() as moves: # they happen in reverse order
         for name, content in files.items(): moves.enter_context(atomic_path(out/name)).write_bytes(content)
-        for old in _old_files(out, data):
-            if old.is_file(): old.unlink()
+        _make_room(out, data)
+
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #534fb469
 def _results_folder(run) -> Path:

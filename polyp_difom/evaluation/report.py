@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['published_methods', 'published', 'report_note', 'report_rows', 'markdown_table', 'report_markdown', 'latex_table',
-           'csv_table', 'paper_table', 'row_from_maps', 'gains_table', 'size_table', 'detection_table',
+           'csv_table', 'paper_table', 'row_from_maps', 'arms_table', 'gains_table', 'size_table', 'detection_table',
            'shared_sequences', 'set_remarks', 'set_notes', 'draw_gains', 'draw_wins', 'draw_sizes', 'write_report']
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #afc2f089
@@ -191,6 +191,27 @@ def row_from_maps(
     scored = {name: score_folder(maps, of, above=above) for name, (maps, of) in sets.items()}
     return dict(method=name or folder.name, sets={name: scores for name, (scores, _) in scored.items()}, images={name: list(found) for name, (_, found) in scored.items()})
 
+# %% ../../nbs/10_evaluation/05_report.ipynb #de4da557
+def _option(name:str, value) -> str:
+    if isinstance(value, bool): return 'no '*(not value) + name
+    return f'{name} {" ".join(map(str, value)) if isinstance(value, list) else value}'
+
+def _arm_options(configuration:dict, twin:dict) -> str:
+    "The options of `train` that an arm does not share with its twin."
+    different = {key: configuration.get(key, False) for key in twin | configuration if configuration.get(key) != twin.get(key) and key not in ('frames', 'teacher_options')}
+    return ', '.join(_option(key, value) for key, value in different.items()) or 'the same'
+
+def arms_table(
+    results:list, # as from `read_results`
+    twin:str='undistilled'
+) -> list: # header, then a row an arm, all strings; the header alone where no result tells its configuration
+    "What each arm does otherwise than its twin, on how many seeds, and what a run takes."
+    twins = {student: runs[0]['configuration'] for student, arm, runs in _grid(results) if arm == twin and 'configuration' in runs[0]}
+    header = ['student', 'arm', f'otherwise than {twin}', 'seeds', 'minutes a run']
+    return [header, *([student, arm, _arm_options(runs[0]['configuration'], twins[student]) if arm != twin else '–', str(len(runs)), f'{np.mean([r["seconds"] for r in runs])/60:.0f}']
+                      for student, arm, runs in _grid(results) if student in twins and 'configuration' in runs[0])]
+
+
 # %% ../../nbs/10_evaluation/05_report.ipynb #06e099a1
 def _share(e) -> str:
     if e.get('share_of_headroom') is None: return '–'
@@ -251,11 +272,17 @@ def _colon_note(images, duplicates):
     if duplicates: return f'{len(duplicates)} of {len(images)} images repeat an earlier one; the set without them stands beside it as "(distinct)"'
     return '34 of the 380 images repeat an earlier one in the usual copy; nobody looked here' if len(images) == 380 else ''
 
+_whole = {'Kvasir': 100, 'CVC-ClinicDB': 62, 'CVC-300': 60, 'CVC-ColonDB': 380, 'ETIS-LaribPolypDB': 196} # images of the published sets
+
+def _part_note(name, n): return f'{n} of its {_whole[name]} frames, not to be compared with published figures' if n < _whole.get(name, 0) else ''
+
 def _note(name, images, duplicates, names) -> str: # empty if there is nothing to say
-    if name == 'CVC-ClinicDB': return _clinic_note(images)
-    if name == 'CVC-ColonDB': return _colon_note(images, duplicates)
-    if name == 'CVC-300': return 'a part of CVC-ColonDB, not independent of it' + ('; the unseen sets together hold its frames once' if 'CVC-ColonDB' in names else '')
-    return f'{len(images)} of its 196 frames, too few for a published comparison' if name == 'ETIS-LaribPolypDB' and len(images) < 196 else ''
+    if name == 'CVC-ClinicDB': own = _clinic_note(images)
+    elif name == 'CVC-ColonDB': own = _colon_note(images, duplicates)
+    elif name == 'CVC-300': own = 'a part of CVC-ColonDB, not independent of it' + ('; the unseen sets together hold its frames once' if 'CVC-ColonDB' in names else '')
+    else: own = ''
+    return '; '.join(filter(None, [_part_note(name, len(images)), own]))
+
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #9f23e579
 def set_remarks(
@@ -288,20 +315,20 @@ def _new_figure(width:float, height:float) -> Figure: # in inches
 
 def draw_gains(
     found:list, # as from `differences`
-    twin:str='undistilled'
+    twin:str='undistilled', metric:str='mDice'
 ) -> Figure:
-    "Difference and interval of each arm on each set, beside the headroom."
+    "Difference and interval of each arm on each set, beside the headroom; dotted where one seed says nothing of other seeds."
     students, chosen = list(dict.fromkeys(e['student'] for e in found)), [e for e in found if e['base'] == twin]
     sets, arms = ([*dict.fromkeys(e[key] for e in chosen)] for key in ('set', 'arm'))
     fig = _new_figure(4*len(students) + 2, .5 + len(sets)*(.3 + .17*len(arms)))
     for ax, student in zip(fig.subplots(1, len(students), squeeze=False, sharey=True)[0], students):
         for i, arm in enumerate(arms):
             rows = [(sets.index(e['set']) + .8*(i + .5)/len(arms) - .4, e) for e in chosen if (e['student'], e['arm']) == (student, arm)]
-            for y, e in rows: ax.plot([100*v for v in e['ci95']], [y, y], color=f'C{i}', lw=1.5)
-            ax.plot([100*e['difference'] for _, e in rows], [y for y, _ in rows], 'o', color=f'C{i}', ms=4, label=arm)
+            for y, e in rows: ax.plot([100*v for v in e['ci95']], [y, y], color=f'C{i}', lw=1.5, ls=':' if e['seeds'] == 1 else '-')
+            ax.plot([100*e['difference'] for _, e in rows], [y for y, _ in rows], 'o', color=f'C{i}', ms=4, label=arm + ' (1 seed)'*any(e['seeds'] == 1 for _, e in rows))
             ax.plot([100*(e.get('headroom') if e.get('headroom') is not None else np.nan) for _, e in rows], [y for y, _ in rows], '|', color='k', ms=9, mew=2, label='headroom' if i == len(arms) - 1 else None)
         ax.axvline(0, color='k', lw=.8)
-        ax.set(title=printable(student), xlabel='difference in points', yticks=range(len(sets)), yticklabels=sets, ylim=(len(sets) - .5, -.5))
+        ax.set(title=printable(student), xlabel=f'{metric} over {twin}, points, with 95 %', yticks=range(len(sets)), yticklabels=sets, ylim=(len(sets) - .5, -.5))
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
@@ -317,9 +344,9 @@ def draw_wins(
         ours, theirs = ours.mean().to_numpy(), theirs.mean().to_numpy()
         ax.plot((0, 1), (0, 1), color='tab:gray', lw=.8)
         ax.scatter(theirs, ours, s=9, alpha=.6, c=np.where(ours > theirs, 'tab:blue', 'tab:orange'), lw=0)
-        ax.set(title=f'{printable(name)}: {(ours > theirs).sum()} better, {(ours < theirs).sum()} worse', xlabel=base, xlim=(0, 1), ylim=(0, 1), aspect='equal')
-        ax.title.set_size(8)
-    fig.axes[0].set_ylabel(arm)
+        ax.set(title=f'{printable(name)}\n{(ours > theirs).sum()} better, {(ours < theirs).sum()} worse', xlabel=f'{metric}, {base}', xlim=(0, 1), ylim=(0, 1), aspect='equal')
+        ax.title.set_size(8), ax.xaxis.label.set_size(8)
+    fig.axes[0].set_ylabel(f'{metric}, {arm}', size=8)
     return fig
 
 def draw_sizes(
@@ -333,7 +360,8 @@ def draw_sizes(
             seeds = [[record for name in sets if name in r['sets'] for record in r['sets'][name]['images'].values()] for r in _runs(results, arm, student)]
             sizes = _size_dice(seeds, metric) if seeds else {}
             ax.bar([list(SIZES).index(size) + .8*(i + .5)/len(arms) - .4 for size in sizes], [dice for _, dice in sizes.values()], .75/len(arms), color=f'C{i}', label=arm)
-        ax.set(title=printable(student), xticks=range(len(SIZES)), xticklabels=[f'{size}\n({sizes.get(size, (0,))[0]} images)' for size in SIZES], ylabel=metric)
+        ax.set(title=printable(student), xticks=range(len(SIZES)), xticklabels=[f'{size}\n{sizes.get(size, (0,))[0]} images' for size in SIZES], ylabel=metric)
+        ax.tick_params(axis='x', labelsize=8)
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
@@ -342,14 +370,15 @@ def _tables(results, found, others, design) -> dict: # title -> (file stem, rows
     names = set_names(results)
     seen = [name for name in names if name in design.seen]
     tables = {'Table 1: seen sets, percent': ('seen', seen), 'Table 2: unseen sets, percent': ('unseen', [name for name in names if name not in seen])}
-    return {title: (stem, paper_table(results, sets, others)) for title, (stem, sets) in tables.items() if sets} | {
+    arms = arms_table(results, design.twin)
+    return ({'Arms': ('arms', arms)} if len(arms) > 1 else {}) | {title: (stem, paper_table(results, sets, others)) for title, (stem, sets) in tables.items() if sets} | {
         'Gains': ('gains', gains_table(found)), 'Dice by polyp size, percent': ('sizes', size_table(results, design.metric)), 'Polyps found': ('detection', detection_table(results))}
 
 def _stem(text:str) -> str: return re.sub('[^A-Za-z0-9]+', '-', text).strip('-')
 
 def _figures(results, found, design) -> dict: # name -> Figure
     sets = unseen_sets(results, design) or set_names(results)
-    figures = {'gains.png': draw_gains(found, design.twin), 'sizes.png': draw_sizes(results, pooled_sets(results, design) or sets, design.metric)}
+    figures = {'gains.png': draw_gains(found, design.twin, design.metric), 'sizes.png': draw_sizes(results, pooled_sets(results, design) or sets, design.metric)}
     pairs = dict.fromkeys((e['arm'], e['student']) for e in found if e['base'] == design.twin and e['arm'] not in (*design.controls, *design.rivals, *design.references))
     wins = {f'wins-{_stem(student)}-{_stem(arm)}.png': draw_wins(results, arm, design.twin, student, sets, design.metric) for arm, student in pairs}
     return figures | {name: figure for name, figure in wins.items() if figure}
@@ -362,7 +391,7 @@ def _png(figure) -> bytes:
 # %% ../../nbs/10_evaluation/05_report.ipynb #3df5b5f7
 _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
-    "The verdict uses intervals that hold for all unseen sets at once with 95 %, for each arm by itself: of {arms} arms without effect luck lets about {luck:.2g} seem to help or to harm. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
+    "The verdict uses intervals that hold for all unseen sets at once with 95 %, for each arm by itself: of {arms} arms without effect luck lets about {luck:.2g} seem to help or to harm. The interval of a single seed knows the images only, not what another seed would give. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
     'Published rows: U-Net to EMCADNet and "+ Ours" 352 px, 120 epochs, all labels, which ours need not be; the others are of their authors\' own training, sizes and epochs. Em is the maximum of the curve for ours, and not told for theirs.')
 

@@ -348,7 +348,8 @@ def _time_left(left:list, out:Path) -> str:
         told = read_result(file)
         took.setdefault(told['student'], []).append(told['seconds'] + told['scoring_seconds'])
     known = [sum(took[job.student])/len(took[job.student]) for job in left if job.student in took]
-    return f', about {sum(known)*len(left)/len(known)/3600:.1f} h for one worker' if known else ''
+    hours = sum(known)*len(left)/len(known)/3600 if known else 0
+    return f', about {f"{hours:.1f} h" if hours > 1 else f"{60*hours:.0f} min"} for one worker' if known else ''
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #1fd5f3fb
 def reproduce(

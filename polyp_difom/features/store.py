@@ -18,7 +18,7 @@ from filelock import FileLock
 from numcodecs import Zstd
 
 from .. import __version__
-from ..core import (DamagedError, InputError, damage_error, file_hash, filesystem, name_some, parallel_map, parse_spec, to_place,
+from ..core import (DamagedError, InputError, damage_error, file_hash, filesystem, name_some, parallel_map, parse_spec, printable, to_place,
                               unwritable_error)
 from ..teachers.registry import create_teacher
 
@@ -316,7 +316,7 @@ def check_images(self:FeatureStore,
     self._names |= dict(zip(hashes, images)) # what to call them if a map is damaged
     for teacher in teachers or self.check_teachers():
         if gaps := self.missing(teacher, hashes):
-            raise InputError(f'{self.path}: no features of {teacher} for {len(gaps)} of {len(images)} images ({name_some((images[i].name for i in gaps), 3)}); '
+            raise InputError(f'{self.path}: no features of {teacher} for {len(gaps)} of {len(images)} images ({name_some((images[i].name for i in gaps), 3)} in {printable(Path(images[gaps[0]]).parent)}); '
                              'are they of another data set? run `polyp-difom extract` on this one')
     return hashes
 

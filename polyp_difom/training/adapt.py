@@ -75,13 +75,13 @@ def measure_headroom(
 def headroom_line(
     found:dict # as from `measure_headroom`
 ) -> str:
-    "What there is to teach, in one line; or how to find out."
+    "What there is to teach, in one line; without a student the teacher's score alone."
     score = lambda name: f'{name} {found[name]:.3f}'.replace(' 0.', ' .')
     on = f'on {found["images"]} validation images'
-    if 'student' not in found: return f'{score("teacher")} {on}; for the headroom, give the run of a student alone with the same validation images (--student RUN)'
+    if 'student' not in found: return f'{score("teacher")} {on}'
     low, high = (100*end for end in found['ci95'])
     half = f' (at threshold 0.5: {100*found["at_half"]["headroom"]:.1f} points)' if 'at_half' in found else ''
-    return f'headroom {100*found["headroom"]:.1f} points [{low:.1f}, {high:.1f}] {on}: {score("teacher")}, {score("student")}{half}'
+    return f'headroom {100*found["headroom"]:.1f} points of mDice, 95 % in [{low:.1f}, {high:.1f}], {on}: {score("teacher")}, {score("student")}{half}'
 
 # %% ../../nbs/07_training/05_adapt.ipynb #20323bdd
 def _backbone_student(

@@ -84,6 +84,14 @@ class ConsoleProgress(Callback):
     def before_fit(self):
         self.told = len(self.epoch_log.rows)
         self.bar = progress(total=self.n_epoch*len(self.dls.train), description='training', unit='batch', smoothing=0.05)
+        self.bar.write(self.start_line())
+
+    def start_line(self) -> str:
+        images, batches = self.dls.train.dataset, self.dls.train
+        labelled = getattr(images, 'n_labelled', len(images))
+        frames = f', {len(images) - labelled} frames without' if len(images) > labelled else ''
+        begun = f'; {self.told} epochs are done' if self.told else ''
+        return f'{labelled} images with masks{frames}, {len(self.dls.valid.dataset)} for validation; {self.n_epoch} epochs of {len(batches)} batches of {batches.bs} on {self.dls.device}{begun}'
 
     def before_train(self): self.bar.update(self.epoch*len(self.dls.train) - self.bar.n)
     def after_batch(self):
@@ -92,9 +100,10 @@ class ConsoleProgress(Callback):
     def after_epoch(self):
         if len(self.epoch_log.rows) == self.told: return
         self.told, row = len(self.epoch_log.rows), self.epoch_log.rows[-1]
-        latent = f'  L1 {row["l1"]:.4f}  L2 {row["l2"]:.4f}' if 'l1' in row else ''
-        self.bar.write(f'epoch {row["epoch"]}/{self.n_epoch}  phase {"I"*row["phase"]:3}  seg {row["seg"]:.4f}{latent}  '
-                       f'valid loss {row["valid_loss"]:.4f}  Dice {row["valid_dice"]:.4f}  {row["seconds"]:.0f} s')
+        taught = ''.join(f'  {shown} {row[name]:.4f}' for name, shown in dict(l1='L1', l2='L2', soft='soft masks').items() if name in row)
+        teacher = f' (teacher {row["teacher_dice"]:.4f})' if 'teacher_dice' in row else ''
+        self.bar.write(f'epoch {row["epoch"]}/{self.n_epoch}  phase {"I"*row["phase"]:3}  seg {row["seg"]:.4f}{taught}  '
+                       f'valid loss {row["valid_loss"]:.4f}  Dice {row["valid_dice"]:.4f}{teacher}  {row["seconds"]:.0f} s')
 
     def close(self): hasattr(self, 'bar') and self.bar.close()
     def after_fit(self): self.close()
@@ -403,14 +412,19 @@ def kept_epoch(log:pd.DataFrame, select:str='best') -> pd.Series:
     rows = _eligible(log.to_dict('records'))
     return pd.Series(rows[-1] if select == 'last' else max(rows[::-1], key=lambda row: row['valid_dice']))
 
+# the R² of the validation part stands beside that of a mean map, which knows positions only
+_panels = (['seg', 'valid_loss'], ['l1', 'l2'], ['soft'], ['r2_l1', 'r2_l2'], ['valid_r2_l1', 'mean_r2_l1', 'valid_r2_l2', 'mean_r2_l2'], ['valid_dice', 'teacher_dice'])
+
 def draw_log(
     log:pd.DataFrame # as from `read_log`
 ) -> Figure:
-    "Losses, latent losses and their R² where there are any, and validation Dice, with a dotted line where a phase ends."
-    panels = [names for names in (['seg', 'valid_loss'], ['l1', 'l2'], ['r2_l1', 'r2_l2'], ['valid_dice']) if names[0] in log]
+    "Losses, what is learnt from a teacher and its R² on both parts where there are any, and validation Dice, with a dotted line where a phase ends."
+    known = [[name for name in names if name in log] for names in _panels]
+    panels = [names for names in known if names]
     figure = Figure(figsize=(3*len(panels), 2.2), layout='constrained')
     for axis, names in zip(figure.subplots(1, len(panels)), panels):
         log.plot(x='epoch', y=names, ax=axis, marker='.')
+        axis.legend(fontsize=7)
         for end in log.epoch[log.phase.diff(-1) < 0]: axis.axvline(end + .5, color='gray', ls=':')
     best = kept_epoch(log)
     axis.plot(best.epoch, best.valid_dice, 'o', color='C0', ms=8)
@@ -464,7 +478,8 @@ def summary_lines(
     data = Path(config['data'])
     next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {layout_options(Layout(**config["settings"]["layout"]))}'.rstrip() if (data/'TestDataset').is_dir() else
                  f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA (polyp-difom convert --test 0.2 keeps a part of a folder for that)')
-    return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', next_step]
+    found = [] if config['best_dice'] >= .001 else [f'note: it finds no polyp in the validation images yet; train it longer or with a higher --lr, and look at the masks (polyp-difom check {shlex.quote(printable(data))})']
+    return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', *found, next_step]
 
 # %% ../../nbs/07_training/04_runs.ipynb #2c56c6c5
 @dataclass(frozen=True)
