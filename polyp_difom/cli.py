@@ -246,7 +246,7 @@ def _train(
     device:Annotated[Optional[str], _option('cuda, cpu …; the fastest there is by default.', _BASIC)]=None,
     teacher:Annotated[Optional[List[str]], _option('Which of the store\'s teachers to learn from, all by default. A specification as for extract is held against the store.', _DISTIL)]=None,
     distance:Annotated[str, _option('Of latents to targets: mse, mse+kl, mse+mae, cosine, cosine+smooth-l1, relational, relational-kl or channel-kl.', _DISTIL)]='mse',
-    lambdas:Annotated[Tuple[float, float, float], _option('Weights of L_seg, L_L1 and L_L2 from phase II on.', _DISTIL, metavar='X X X')]=(0.6, 0.1, 0.1),
+    lambdas:Annotated[Optional[Tuple[float, float, float]], _option('Weights of L_seg, L_L1 and L_L2 from phase II on; 1 0.1 0.1 with --preset best, 0.6 0.1 0.1 with paper.', _DISTIL, metavar='X X X')]=None,
     split:Annotated[str, _option('How targets are split: hard, gaussian, butterworth, dct or square.', _DISTIL)]='hard',
     cutoff:Annotated[float, _option('Where they are split, as a fraction of Nyquist.', _DISTIL, show_default='1/3')]=1/3,
     pad:Annotated[Optional[str], _option('What a Fourier split finds beyond the border: mirror or periodic.', _DISTIL)]=None,

@@ -315,7 +315,7 @@ def test_the_registry_finds_it_without_training(adapted):
 def test_on_the_command_line(data, tmp_path, polyp_difom, fails):
     words = ['--backbone', 'timm/test_efficientnet,pretrained=False,width=8', '--size', 64, '--epochs', 1, '--steps', 1, '--batch-size', 4, '--valid', .25, '--device', 'cpu']
     done = polyp_difom('adapt', data, *words, '--out', tmp_path/'out')
-    assert done.returncode == 0 and 'on 4 validation images; for the headroom' in done.out and f'--teacher adapted={tmp_path}/out' in done.out.replace('\n', '')
+    assert done.returncode == 0 and 'on 4 validation images' in done.out and 'for the headroom, give the run of a student alone' in done.out and f'--teacher adapted={tmp_path}/out' in done.out.replace('\n', '')
     assert polyp_difom('extract', data, '--teacher', f'adapted={tmp_path}/out', '--out', tmp_path/'store', '--device', 'cpu').returncode == 0
     assert FeatureStore(tmp_path/'store').teachers == ['adapted']
     assert 'give a backbone' in fails('adapt', data, '--out', tmp_path/'new')

@@ -391,8 +391,12 @@ def test_a_run_explains_itself(data, features, tmp_path):
     files = pd.read_csv(run/'files.csv')
     assert files.part.value_counts().to_dict() == dict(train=12, valid=4) and set(files.image) == {str(pair.image) for pair in train_pairs(data)}
     assert Image.open(run/'curves.png').width > 300
-    best, next_step = summary_lines(run)
+    best, *_, next_step = summary_lines(run)
     assert 'validation Dice' in best and f"polyp-difom evaluate '{run}' {data}" in next_step
+    (run/'config.json').write_text(json.dumps(held | dict(best_dice=.4)))
+    assert len(summary_lines(run)) == 2
+    (run/'config.json').write_text(json.dumps(held | dict(best_dice=0.)))
+    assert 'finds no polyp in the validation images' in summary_lines(run)[1]
 
 
 def test_a_run_is_extended_as_if_it_had_been_longer(data, features, tmp_path):

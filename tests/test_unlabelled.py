@@ -250,7 +250,7 @@ def test_a_preset_is_what_is_not_given_otherwise(data, features, tmp_path):
     assert [run['preset'] for run in (paper, best, own)] == ['paper', 'best', 'best']
     assert (paper['augment'], paper['schedule'], paper['lr'], paper['latents'], paper['freeze'], paper['lambdas']) == ('paper', 'constant', 1e-4, 'paper', None, [.6, .1, .1])
     assert {name: paper['targets'][name] for name in paper_targets} == paper_targets
-    assert {name: best[name] for name in presets['best'] if name in best} == {name: value for name, value in presets['best'].items() if name in best}
+    assert {name: best[name] for name in presets['best']} == presets['best'] | dict(lambdas=[1, .1, .1])
     assert (own['lr'], own['latents'], own['augment']) == (5e-4, 'paper', 'strong')
     with pytest.raises(InputError, match='unknown preset papr; nearest: paper'): train(data, tmp_path/'run', preset='papr', **SHORT)
 

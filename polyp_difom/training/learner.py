@@ -205,7 +205,7 @@ def distillation(self:TrainConfig,
     return kind(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
-presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False)}
+presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False, lambdas=(1., .1, .1))}
 
 def _as_tuple(values) -> tuple:
     "A list, or whatever numbers come in, as a tuple; what is no list becomes empty, and is refused."
