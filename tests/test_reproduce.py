@@ -58,6 +58,7 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('all', 'both') == {'soft_masks'} and differ('all', 'shuffled targets') == {'shuffled'}
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
+    assert differ('soft masks', 'soft masks with zero weight') == {'soft_weight'}
     assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
     assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
     assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
