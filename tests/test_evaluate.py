@@ -1,5 +1,6 @@
 "An evaluation is whole or absent, its masks are read strictly, and any data set that a layout describes is scored"
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,15 +123,41 @@ def test_sets_that_are_gone_leave_no_results_and_notes_stay(run, tests):
     assert files_of(run) == ['Two.csv', 'Two.png', 'notes.txt', 'report.json', 'report.md']
 
 
-def test_the_report_of_other_data_steps_aside_and_comes_back(run, tests, tmp_path):
+def kept_of(run):
+    "The data and seed of each evaluation that is kept, and the sets whose scores stand beside its report."
+    folders = [run/'evaluation', *sorted(path for path in (run/'evaluation').iterdir() if path.is_dir())]
+    return [(Path(held['data']).name, held.get('seed'), sorted(path.stem for path in folder.glob('*.csv'))) for folder in folders if (folder/'report.json').is_file() for held in [json.loads((folder/'report.json').read_text())]]
+
+
+def test_an_evaluation_on_other_data_steps_aside_whole(run, tests, tmp_path):
+    for folder in ('a/data', 'b/data'): save_set(tmp_path/folder/'images', tmp_path/folder/'masks', 'abcd')
     evaluate(run, tests)
     first = (run/'evaluation/report.md').read_text()
-    save_set(tmp_path/'mine/images', tmp_path/'mine/masks', 'abcd')
-    evaluate(run, tmp_path/'mine')
-    assert (run/f'evaluation/report-{tests.name}.md').read_text() == first and 'mine' in (run/'evaluation/report.md').read_text()
+    evaluate(run, tmp_path/'a/data')
+    evaluate(run, tmp_path/'b/data') # of the same name, and its set has the same name
+    last, *aside = kept_of(run)
+    assert last == ('data', 0, ['data']) and sorted(aside) == [('data', 0, ['One', 'Two']), ('data', 0, ['data'])]
+    assert first in [path.read_text() for path in (run/'evaluation').glob('data-*/report.md')]
     shutil.rmtree(tests/'TestDataset/One')
     evaluate(run, tests)
-    assert files_of(run) == ['Two.csv', 'Two.png', 'mine.csv', 'mine.png', 'report-mine.json', 'report-mine.md', 'report.json', 'report.md']
+    assert kept_of(run) == [('data', 0, ['Two']), *[('data', 0, ['data'])]*2], 'and comes back'
+
+
+@pytest.mark.parametrize('again', [lambda folder: f'{folder}/', lambda folder: os.path.relpath(folder), lambda folder: folder/'..'/folder.name])
+def test_the_same_data_are_known_however_they_are_written(again, run, tests):
+    evaluate(run, tests)
+    make_run(run, seed=1)
+    evaluate(run, again(tests))
+    assert [seed for _, seed, _ in kept_of(run)] == [1], 'no report beside scores of another model'
+
+
+@pytest.mark.parametrize('content', ['', '[]', '[' * 100_000, '{"data": 3, "files": 4}', '{"data": "x", "files": ["../../config.json", "/etc/passwd"]}'])
+def test_a_damaged_report_gives_way_and_nothing_else_does(content, run, tests):
+    (run/'evaluation').mkdir()
+    (run/'evaluation/report.json').write_text(content)
+    (run/'evaluation/report-tests.md').write_text('mine')
+    evaluate(run, tests)
+    assert (run/'config.json').is_file() and (run/'evaluation/report-tests.md').read_text() == 'mine' and kept_of(run)[0] == (tests.name, 0, ['One', 'Two'])
 
 
 @pytest.mark.parametrize('moment', range(4))

@@ -10,7 +10,7 @@ from polyp_difom.core import InputError, is_running
 from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
-from polyp_difom.evaluation.reproduce import Recipe, _check_options, _configuration, list_jobs, list_recipes, read_recipe, reproduce
+from polyp_difom.evaluation.reproduce import Recipe, _check_options, _check_same, _configuration, list_jobs, list_recipes, read_recipe, reproduce
 from polyp_difom.evaluation.statistics import Design
 
 TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
@@ -62,6 +62,18 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
     assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
     assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
+
+
+def test_a_result_knows_the_weights_that_its_preset_chose():
+    "Results of before the preset had its own do not go on with other ones."
+    recipe = replace(TINY, arms={'undistilled': {}, 'all': dict(features='adapted')})
+    twin, job = list_jobs(recipe)[0], next(job for job in list_jobs(recipe) if job.arm == 'all')
+    now = _configuration(job, recipe)
+    assert now['lambdas'] == [1, .1, .1] and 'lambdas' not in _configuration(twin, recipe)
+    assert _configuration(job, replace(recipe, preset='paper'))['lambdas'] == [.6, .1, .1]
+    before = dict(configuration={key: value for key, value in now.items() if key != 'lambdas'}, data={})
+    with pytest.raises(InputError, match=r'lambdas \[0.6, 0.1, 0.1\] then, \[1.0, 0.1, 0.1\] now'): _check_same('result.json', before, job, recipe, {})
+    _check_same('result.json', dict(configuration=now, data={}), job, recipe, {})
 
 
 @pytest.mark.parametrize('name', ['few-labels', 'new-hospital', 'small'])

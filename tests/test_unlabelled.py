@@ -255,6 +255,14 @@ def test_a_preset_is_what_is_not_given_otherwise(data, features, tmp_path):
     with pytest.raises(InputError, match='unknown preset papr; nearest: paper'): train(data, tmp_path/'run', preset='papr', **SHORT)
 
 
+def test_the_console_tells_of_frames_soft_masks_and_the_teacher(data, store, frames, tmp_path, capfd):
+    run = train(data, tmp_path/'run', features=store, unlabelled=frames, **SHORT)
+    begun, *told = [line.split('\r')[-1].strip() for line in capfd.readouterr().out.splitlines() if ' with masks' in line or 'valid loss' in line]
+    settings, log = settings_of(run), read_log(run)
+    assert begun.startswith(f"{settings['images'][0]} images with masks, {settings['frames']} frames without, {settings['images'][1]} for validation; {len(log)} epoch")
+    for line, row in zip(told, log.to_dict('records'), strict=True): assert f"soft masks {row['soft']:.4f}" in line and f"Dice {row['valid_dice']:.4f} (teacher {row['teacher_dice']:.4f})" in line
+
+
 @pytest.mark.parametrize('options, batch', [({}, 32), (dict(ratio=.2), 20), (dict(ratio=.3), 23), (dict(ratio=.01), 17), (dict(batch_size=6), 6), (dict(preset='paper'), 16), (dict(unlabelled=None), 16)])
 def test_frames_without_labels_take_no_labels_from_a_step(options, batch, data, store, frames, tmp_path):
     short = {name: value for name, value in SHORT.items() if name != 'batch_size'}

@@ -8,7 +8,7 @@ __all__ = ['check_sets', 'SeenFrames', 'evaluate']
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #b5491be5
 import json, os, shlex, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -77,10 +77,12 @@ def _command(run, data, layout:Layout, corrected:bool=False) -> str:
     "The command that makes this evaluation."
     return ' '.join(filter(None, ['polyp-difom evaluate', shlex.quote(str(run)), shlex.quote(str(data)), layout_options(layout), '--probability-correction'*corrected]))
 
+def _place(data) -> str: return printable(Path(data).resolve())
+
 def _describe(run, data, layout:Layout, settings:dict, corrected:bool=False) -> dict:
     "What is evaluated."
     kept = {key: settings[key] for key in ('student', 'options', 'distilled', 'size', 'seed')}
-    return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout, corrected)), data=printable(data), probability_correction=corrected,
+    return kept | dict(epochs=sum(settings['epochs']), settings=settings, command=printable(_command(run, data, layout, corrected)), data=printable(data), place=_place(data), probability_correction=corrected,
                        layout=asdict(layout), versions=_versions(), date=datetime.now().astimezone().isoformat(timespec='seconds'))
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #fbe580bc
@@ -106,32 +108,42 @@ def _evaluate_set(model, pairs, size, above, name, corrected=False) -> tuple: # 
     return summary, {f'{stem}.csv': per_image.to_csv().encode()} | ({f'{stem}.png': picture} if picture else {})
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #e5bee5c8
-def _reports(out, data:str=None) -> list: # report.md and report.json, or where those of other data step aside to
-    return [out/f'report{data and f"-{_file_stem(Path(data).name)}" or ""}{kind}' for kind in ('.md', '.json')]
+_reports = ('report.md', 'report.json')
 
-def _told(report) -> tuple: # data, names of files; None and nothing if that cannot be known
-    "Which data a `report.json` is of, and what was written beside it."
+def _told(out) -> tuple: # place of the data, names of files, `report.json` last; None where that cannot be known
+    "What the evaluation in a folder is of, and what it wrote."
     try:
-        kept = json.loads(report.read_text())
-        return str(kept['data']), [Path(str(name)).name for name in kept['files']]
-    except (OSError, ValueError, TypeError, KeyError): return None, []
+        kept = json.loads((out/'report.json').read_text())
+        names = [Path(str(name)).name for name in kept['files']]
+        return kept.get('place') or _place(kept['data']), [name for name in names if name not in _reports] + [*_reports]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError): return None, [*_reports]
 
-def _make_room(out, data:str):
-    "What the last evaluation on these data wrote goes; of one on other data the scores and pictures stay, and its reports step aside."
-    last, _ = _told(out/'report.json')
-    for report in (_reports(out), _reports(out, data)): # of these data, the last one or the one before others
-        about, names = _told(report[1])
-        for old in [*(out/name for name in names if name not in ('report.md', 'report.json')), *report] if about == data else ():
-            if old.is_file(): old.unlink()
-    for old, aside in zip(_reports(out), _reports(out, last)):
-        if old.is_file(): old.unlink() if last in (None, data) else os.replace(old, aside)
+def _aside(out, place:str) -> Path:
+    "The folder of an earlier evaluation on other data."
+    return out/f'{_file_stem(Path(place).name)}-{bytes_hash(place.encode()).hex()[:8]}'
 
-def _write_files(out, files:dict, data:str): # name -> content, report.json first
+def _remove_evaluation(folder, names):
+    for name in names: (folder/name).unlink(missing_ok=True)
+
+# %% ../../nbs/10_evaluation/06_benchmark.ipynb #2fd1a1c6
+def _make_room(out, place:str): # of the data that were evaluated now
+    "The last evaluation goes if it is of the same data, and else moves to a folder of its own. An earlier one of these data goes from there."
+    last, names = _told(out)
+    if last in (None, place): _remove_evaluation(out, names)
+    else:
+        _aside(out, last).mkdir(exist_ok=True)
+        for name in names:
+            if (out/name).is_file(): os.replace(out/name, _aside(out, last)/name)
+    before, names = _told(earlier := _aside(out, place))
+    if before != place: return
+    _remove_evaluation(earlier, names)
+    with suppress(OSError): earlier.rmdir() # something of the user's may be in it
+
+def _write_files(out, files:dict, place:str): # name -> content, report.json first
     "Write all files, then put them in the place of the old ones."
     with disk_full_error(out), ExitStack() as moves: # they happen in reverse order
         for name, content in files.items(): moves.enter_context(atomic_path(out/name)).write_bytes(content)
-        _make_room(out, data)
-
+        _make_room(out, place)
 
 # %% ../../nbs/10_evaluation/06_benchmark.ipynb #534fb469
 def _results_folder(run) -> Path:
@@ -178,5 +190,5 @@ def evaluate(
         written |= files
     report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
     texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}
-    _write_files(out, {name: text.encode() for name, text in texts.items()} | written, report['data'])
+    _write_files(out, {name: text.encode() for name, text in texts.items()} | written, report['place'])
     return report

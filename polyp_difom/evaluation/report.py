@@ -192,25 +192,37 @@ def row_from_maps(
     return dict(method=name or folder.name, sets={name: scores for name, (scores, _) in scored.items()}, images={name: list(found) for name, (_, found) in scored.items()})
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #de4da557
-def _option(name:str, value) -> str:
+def _option(name:str, options:dict) -> str:
+    "An option as words; one that is left to the preset says so."
+    value = options.get(name, ...)
+    if value is ...: return f'{name} by default'
     if isinstance(value, bool): return 'no '*(not value) + name
     return f'{name} {" ".join(map(str, value)) if isinstance(value, list) else value}'
 
-def _arm_options(configuration:dict, twin:dict) -> str:
+def _configuration_of(runs:list): # dict; None if not known, `...` if it differs between seeds
+    found = [r.get('configuration') for r in runs]
+    return found[0] if all(one == found[0] for one in found) else ...
+
+def _otherwise(ours, twin) -> str:
     "The options of `train` that an arm does not share with its twin."
-    different = {key: configuration.get(key, False) for key in twin | configuration if configuration.get(key) != twin.get(key) and key not in ('frames', 'teacher_options')}
-    return ', '.join(_option(key, value) for key, value in different.items()) or 'the same'
+    if ... in (ours, twin): return 'differs between seeds'
+    if None in (ours, twin): return '–'
+    different = [key for key in twin | ours if ours.get(key) != twin.get(key) and key != 'frames'] # `unlabelled` says it
+    return ', '.join(_option(key, ours) for key in different) or 'nothing'
+
+def _minutes(runs:list) -> str:
+    known = [r['seconds']/60 for r in runs if r.get('seconds')]
+    return '–' if not known else f'{np.mean(known):.0f}' if np.mean(known) >= 10 else f'{np.mean(known):.2g}'
 
 def arms_table(
     results:list, # as from `read_results`
     twin:str='undistilled'
 ) -> list: # header, then a row an arm, all strings; the header alone where no result tells its configuration
     "What each arm does otherwise than its twin, on how many seeds, and what a run takes."
-    twins = {student: runs[0]['configuration'] for student, arm, runs in _grid(results) if arm == twin and 'configuration' in runs[0]}
-    header = ['student', 'arm', f'otherwise than {twin}', 'seeds', 'minutes a run']
-    return [header, *([student, arm, _arm_options(runs[0]['configuration'], twins[student]) if arm != twin else '–', str(len(runs)), f'{np.mean([r["seconds"] for r in runs])/60:.0f}']
-                      for student, arm, runs in _grid(results) if student in twins and 'configuration' in runs[0])]
-
+    header, grid = ['student', 'arm', f'otherwise than {twin}', 'seeds', 'minutes a run'], _grid(results)
+    known = {(student, arm): _configuration_of(runs) for student, arm, runs in grid}
+    if not any(known.values()): return [header]
+    return [header, *([student, arm, _otherwise(known[student, arm], known.get((student, twin))) if arm != twin else '–', str(len(runs)), _minutes(runs)] for student, arm, runs in grid)]
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #06e099a1
 def _share(e) -> str:
@@ -283,7 +295,6 @@ def _note(name, images, duplicates, names) -> str: # empty if there is nothing t
     else: own = ''
     return '; '.join(filter(None, [_part_note(name, len(images)), own]))
 
-
 # %% ../../nbs/10_evaluation/05_report.ipynb #9f23e579
 def set_remarks(
     images:dict # set -> names of its images
@@ -293,11 +304,14 @@ def set_remarks(
 
 def set_notes(
     results:list, duplicates:dict=None, # set -> names, as from `find_duplicates`
-    trained_on:dict=None # set -> how many of its images are training images
+    trained_on:dict=None, # set -> how many of its images are training images
+    twin:str='undistilled'
 ) -> list: # of str, one a remark
     "What to know of each set, and of the runs, beside the numbers."
     names, commits = set_names(results), sorted({r.get('commit') or '' for r in results})
     notes = [f'The runs were made at several commits: {", ".join(commits)}.'] if len(commits) > 1 else []
+    seeds = {(student, arm): {r['seed'] for r in runs} for student, arm, runs in _grid(results)}
+    notes += [f'{student}, {arm}: no seed in common with {twin}, so nothing is said of what it gains.' for (student, arm), own in seeds.items() if not own & seeds.get((student, twin), set())]
     for name in names:
         images = next(r['sets'][name]['images'] for r in results if name in r['sets'])
         free = sum(not record['area'] for record in images.values())
@@ -412,7 +426,7 @@ def write_report(
 ) -> dict: # the summary, with `verdict` and `notes`
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
-    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on), _tables(kept, summary['differences'], others, design)
+    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on, design.twin), _tables(kept, summary['differences'], others, design)
     arms = len({(e['student'], e['arm']) for e in summary['differences'] if e['base'] == design.twin and design.claims(e['arm'])})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures

@@ -254,19 +254,22 @@ def _score_teacher(out:Path, sets:dict, data:dict) -> dict:
     return {name: value for name, value in _read_json(file).items() if name != 'known'}
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #6ec0f5a2
+_EARLIER = dict(lambdas=[.6, .1, .1]) # of distilled arms without their own, in results that do not tell it
+
 def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.json'
 
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     frames = dict(frames=recipe.unlabelled) if job.options.get('unlabelled') else {}
     chosen = preset_options(recipe.preset, job.options)
     batch = dict(batch_size=chosen['batch_size']) if 'batch_size' in chosen else {}
-    return json.loads(json.dumps(dict(student=job.student, **batch | job.options, **frames, teacher_options=recipe.teacher)))
+    weights = dict(lambdas=chosen.get('lambdas', TrainConfig.lambdas)) if 'features' in job.options else {}
+    return json.loads(json.dumps(dict(student=job.student, **batch | weights | job.options, **frames, teacher_options=recipe.teacher)))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."
     before, known = held.get('configuration'), held.get('data')
     if not isinstance(before, dict) or not isinstance(known, dict): raise InputError(f'{file}: is damaged; remove it and the run')
-    now = _configuration(job, recipe)
+    now, before = _configuration(job, recipe), (_EARLIER if 'features' in before else {}) | before
     different = [f'{key} {before.get(key)} then, {now.get(key)} now' for key in before | now if before.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
     idle = [name for name in _optional if name not in data or name not in _uses(job, recipe)]

@@ -46,14 +46,18 @@ def judge(
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #b9640902
 def _listed(entries:list) -> str: return ', '.join(f'{e["set"]} {points(e["difference"], e["ci_claim"])}' for e in entries)
 
-def _called(name:str) -> str: return f'"{name}"' if ',' in name else name # so that a list of names can be read
+def _called(name:str) -> str:
+    "An arm as it stands in a sentence: quoted where its name would blur a list of names."
+    quote = "'" if '"' in name else '"'
+    return f'{quote}{name}{quote}' if any(part in name for part in (',', ';', ' and ')) else name
 
 def _in_words(names) -> str:
     names = list(names)
     return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
-def _together(j) -> str: # empty if there is one unseen set only
-    return f'together {points(j["together"]["difference"], j["together"]["ci_claim"])}' if j['together'] else _listed(j['looked_at'])
+def _together(j) -> str:
+    "The unseen sets as one; the set itself where there is one only."
+    return f'together {points(j["together"]["difference"], j["together"]["ci_claim"])}' if j['together'] else _listed(j['looked_at']) or 'no unseen set'
 
 def _gain(j, design, brief=False) -> str:
     "Where an arm helps, and how much of the headroom it recovers."
@@ -66,67 +70,65 @@ def _gain(j, design, brief=False) -> str:
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #3db20b53
 def _no_headroom(judged, design) -> str:
-    "Said where a teacher has nothing to teach."
-    rooms = {e['set']: e['headroom'] for j in judged for e in j['looked_at'] if e.get('headroom') is not None}
+    "Said where no teacher has something to teach."
+    rooms = [(e['headroom'], e['set']) for j in judged for e in j['looked_at'] if e.get('headroom') is not None]
     if not rooms or any(j['roomy'] for j in judged): return ''
-    largest = max(rooms, key=rooms.get)
-    return f'has no headroom of {100*design.headroom:g} points on any unseen set (at most {points(rooms[largest])} on {largest})'
+    most, name = max(rooms)
+    return f'has no headroom of {100*design.headroom:g} points on any unseen set (at most {points(most)} on {name})'
 
-def _where(j) -> str: # of an arm that helps or harms
-    return _listed(j['gains'] or j['losses']) or _together(j)
-
-def _ahead(j, what:str) -> str: # `control` or `rival`
-    "An arm beside the control that has all but the teacher's word, or the rival that has as much compute."
-    arm, base = _called(j['arm']), _called(j['base'])
-    if j['helps'] or j['harms']: return f'{arm} is {"ahead of" if j["helps"] else "behind"} the {what} {base} ({_where(j)})'
-    return f'{arm} is not ahead of the {what} {base} by more than noise ({_together(j)})'
+def _against(j, good:str, bad:str, neither:str) -> str:
+    "An arm beside another one than its twin: what is better, what is worse, or neither."
+    base, told = _called(j['base']), []
+    if j['helps']: told.append(f'{good} {base} ({_listed(j["gains"]) or _together(j)})')
+    if j['harms']: told.append(f'{bad} {"it" if told else base} ({_listed(j["losses"])})')
+    return f'{_called(j["arm"])} {" and ".join(told) or neither.format(base) + f" ({_together(j)})"}'
 
 def _beside(j, design) -> str:
-    "What an arm adds to another, or whether it is ahead of its control or rival."
-    if j['base'] in design.controls: return _ahead(j, 'control')
-    if j['base'] in design.rivals: return _ahead(j, 'rival')
-    arm, base = _called(j['arm']), _called(j['base'])
-    if j['helps'] or j['harms']: return f'{arm} {"adds to" if j["helps"] else "takes from"} {base} ({_where(j)})'
-    return f'{arm} adds nothing to {base} that one can tell from noise ({_together(j)})'
-
-def _control(judged) -> str: # `judged` are the controls
-    "Controls must not gain."
-    gaining = _each([j for j in judged if j['helps']], lambda j: _listed(j['gains']) or _together(j))
-    if gaining: return f'but it gains from the control {gaining}, too, so a gain need not be the teacher\'s'
-    return f'of the control{"s"*(len(judged) > 1)} {_each(judged, _together)} no gain can be told from noise' if judged else ''
+    "What an arm adds to another, or whether it is ahead of the control that has all but the teacher's word, or of the rival that has as much compute."
+    what = 'control' if j['base'] in design.controls else 'rival' if j['base'] in design.rivals else ''
+    if what: return _against(j, f'is ahead of the {what}', f'is behind the {what}', f'is not ahead of the {what} {{}} by more than noise')
+    return _against(j, 'adds to', 'takes from', 'adds nothing to {} that one can tell from noise')
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #592c3129
 def _each(judged, tell) -> str: return _in_words(f'{_called(j["arm"])} ({tell(j)})' for j in judged)
 
+def _controls(controls, helping) -> str:
+    "Controls must not gain."
+    gaining, idle = [j for j in controls if j['helps']], [j for j in controls if not j['helps']]
+    told = gaining and f'gains from the control {_each(gaining, lambda j: _listed(j["gains"]) or _together(j))}'
+    if told: return f"but it {told}, too, so a gain need not be the teacher's" if helping else told
+    return f'the control{"s"*(len(idle) > 1)} {_each(idle, _together)} do{"es"*(len(idle) == 1)} not gain by more than noise' if idle else ''
+
 def _too_few(judged, design) -> str:
     "What arms with too few seeds show so far, which is no claim."
     known_by = lambda j: f'{_called(j["arm"])} from {j["seeds"]} seed{"s"*(j["seeds"] > 1)} (so far {_together(j)}{", by images alone" if j["seeds"] == 1 else ""})'
-    return f'allows no claim about {_in_words(map(known_by, judged))}, as a claim takes {design.seeds}'
-
+    return f'allows no claim about {_in_words(map(known_by, judged))}, as a claim takes {design.seeds}' if judged else ''
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #ce69395c
-def _claim(arms, others, design) -> str: # `others`: controls and rivals
-    "What an arm gains over its twin, with all that could take the claim away."
-    enough, few = [j for j in arms if j['enough']], [j for j in arms if not j['enough']]
-    helping, noise, harming = [j for j in enough if j['helps']], [j for j in enough if not j['helps'] and not j['harms']], [j for j in enough if j['harms']]
+def _claim(over_twin, design) -> str:
+    "What arms gain over their twin, with all that could take the claim away."
+    enough, few = [j for j in over_twin if j['enough']], [j for j in over_twin if not j['enough']]
+    arms, controls, rivals = [j for j in enough if design.claims(j['arm'])], [j for j in enough if j['arm'] in design.controls], [j for j in enough if j['arm'] in design.rivals and j['helps']]
+    helping, noise, harming = [j for j in arms if j['helps']], [j for j in arms if not j['helps'] and not j['harms']], [j for j in arms if j['harms']]
+    same_sets = lambda j: j is not helping[0] and [e['set'] for e in j['looked_at']] == [e['set'] for e in helping[0]['looked_at']]
     return '; '.join(filter(None, [
         _no_headroom(arms, design),
-        helping and 'gains from ' + ', and from '.join(_gain(j, design, brief=j is not helping[0] and j['roomy'] == helping[0]['roomy']) for j in helping),
+        helping and 'gains from ' + ', and from '.join(_gain(j, design, brief=same_sets(j)) for j in helping),
         noise and f'gains nothing that one can tell from noise from {_each(noise, _together)}',
         harming and f'loses from {_each(harming, lambda j: _listed(j["losses"]))}',
-        enough and _control([j for j in others if j['arm'] in design.controls]),
-        *(f'the rival gains, too: {_gain(j, design)}' for j in others if j['arm'] in design.rivals and j['helps']),
-        few and _too_few(few, design)]))
+        _controls(controls, helping),
+        rivals and f'{"the rival gains, too" if helping else "gains from the rival"}: {_in_words(_gain(j, design) for j in rivals)}',
+        _too_few(few, design)]))
 
+# %% ../../nbs/10_evaluation/04_verdict.ipynb #d87e7e30
 def _sentences(student, judged, design) -> str:
     "What the rules say of one student: the claim first, then arms beside each other, then what they are measured by."
     over_twin, beside = [j for j in judged if j['base'] == design.twin], [j for j in judged if j['base'] != design.twin and j['enough']]
-    arms, others = [j for j in over_twin if design.claims(j['arm'])], [j for j in over_twin if not design.claims(j['arm']) and j['enough']]
-    references = [j for j in others if j['arm'] in design.references]
-    return ' '.join(filter(None, [f'{student} {_claim(arms, others, design) or "has no arm that could help"}.',
+    references = [j for j in over_twin if j['arm'] in design.references and j['enough']]
+    claim = _claim([j for j in over_twin if j not in references], design) or f'has no arm beside {_called(design.twin)} that could claim a gain'
+    return ' '.join(filter(None, [f'{student} {claim}.',
                                   beside and f'Arm beside arm: {"; ".join(_beside(j, design) for j in beside)}.',
                                   references and f'For reference: {_each(references, _together)}.']))
-
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #784daec5
 def verdict_of(
@@ -144,4 +146,3 @@ def verdict(
 ) -> str:
     "What holds and what does not, computed from the intervals."
     return verdict_of(differences(results, design, sequences), design)
-

@@ -78,20 +78,21 @@ class Checkpoint(Callback):
 def _resume_command(out) -> str: return f'polyp-difom train --resume {shlex.quote(printable(out))}'
 
 # %% ../../nbs/07_training/04_runs.ipynb #a0ae3092
+def _start_line(dls, epochs:int, done:int) -> str:
+    "What a training learns from, and how long; the epochs in all and those of a resumed run that are done."
+    images, count = dls.train.dataset, lambda n, what: f'{n} {what}{"s"*(n != 1)}'
+    labelled = getattr(images, 'n_labelled', len(images))
+    frames = f', {count(len(images) - labelled, "frame")} without' if len(images) > labelled else ''
+    batches = f'{count(epochs, "epoch")} of {len(dls.train)} batch{"es"*(len(dls.train) != 1)} of {min(dls.train.bs, len(images))}'
+    return f'{count(labelled, "image")} with masks{frames}, {len(dls.valid.dataset)} for validation; {batches} on {dls.device}' + (f'; {done} done' if done else '')
+
 class ConsoleProgress(Callback):
     "A progress bar over the whole run and a line per epoch; beside an `EpochLog`."
     order, remove_on_fetch = 70, True
     def before_fit(self):
         self.told = len(self.epoch_log.rows)
         self.bar = progress(total=self.n_epoch*len(self.dls.train), description='training', unit='batch', smoothing=0.05)
-        self.bar.write(self.start_line())
-
-    def start_line(self) -> str:
-        images, batches = self.dls.train.dataset, self.dls.train
-        labelled = getattr(images, 'n_labelled', len(images))
-        frames = f', {len(images) - labelled} frames without' if len(images) > labelled else ''
-        begun = f'; {self.told} epochs are done' if self.told else ''
-        return f'{labelled} images with masks{frames}, {len(self.dls.valid.dataset)} for validation; {self.n_epoch} epochs of {len(batches)} batches of {batches.bs} on {self.dls.device}{begun}'
+        self.bar.write(_start_line(self.dls, self.n_epoch, self.told))
 
     def before_train(self): self.bar.update(self.epoch*len(self.dls.train) - self.bar.n)
     def after_batch(self):
@@ -406,14 +407,14 @@ def read_log(
     if not ((log.phase.isin((1, 2, 3))) & (log.epoch % 1 == 0)).all(): raise InputError(f'{path}: not the log of a run (its epochs are whole numbers, its phases 1 to 3)')
     return log
 
+# %% ../../nbs/07_training/04_runs.ipynb #d0862999
+_panels = (['seg', 'valid_loss'], ['l1', 'l2'], ['soft'], ['r2_l1', 'r2_l2'], ['valid_r2_l1', 'mean_r2_l1', 'valid_r2_l2', 'mean_r2_l2'], ['valid_dice', 'teacher_dice'])
+
 # %% ../../nbs/07_training/04_runs.ipynb #9dd403ab
 def kept_epoch(log:pd.DataFrame, select:str='best') -> pd.Series:
     "The epoch that `Checkpoint` kept: of equals the last."
     rows = _eligible(log.to_dict('records'))
     return pd.Series(rows[-1] if select == 'last' else max(rows[::-1], key=lambda row: row['valid_dice']))
-
-# the R² of the validation part stands beside that of a mean map, which knows positions only
-_panels = (['seg', 'valid_loss'], ['l1', 'l2'], ['soft'], ['r2_l1', 'r2_l2'], ['valid_r2_l1', 'mean_r2_l1', 'valid_r2_l2', 'mean_r2_l2'], ['valid_dice', 'teacher_dice'])
 
 def draw_log(
     log:pd.DataFrame # as from `read_log`
@@ -476,9 +477,10 @@ def summary_lines(
     config = json.loads((Path(run)/'config.json').read_text())
     minutes, seconds = divmod(round(config['seconds']), 60)
     data = Path(config['data'])
-    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {shlex.quote(printable(data))} {layout_options(Layout(**config["settings"]["layout"]))}'.rstrip() if (data/'TestDataset').is_dir() else
+    place = f'{shlex.quote(printable(data))} {layout_options(Layout(**config["settings"]["layout"]))}'.rstrip()
+    next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {place}' if (data/'TestDataset').is_dir() else
                  f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA (polyp-difom convert --test 0.2 keeps a part of a folder for that)')
-    found = [] if config['best_dice'] >= .001 else [f'note: it finds no polyp in the validation images yet; train it longer or with a higher --lr, and look at the masks (polyp-difom check {shlex.quote(printable(data))})']
+    found = [] if config['best_dice'] >= .001 else [f'note: it finds no polyp in the validation images yet; train it longer or with a higher --lr, and look at the masks (polyp-difom check {place})']
     return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', *found, next_step]
 
 # %% ../../nbs/07_training/04_runs.ipynb #2c56c6c5
