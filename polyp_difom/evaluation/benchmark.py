@@ -167,6 +167,7 @@ def _check_agreement(run, settings:dict, kept:dict):
     ours, theirs = (dict(one, options={key: value for key, value in one['options'].items() if key != 'pretrained'}) for one in told)
     if json.loads(json.dumps(ours)) != json.loads(json.dumps(theirs)): raise InputError(f'{Path(run)/"config.json"}: names {ours["name"]} {ours["options"] or ""}, and the weights are of {theirs["name"]} {theirs["options"] or ""}; put back what was there')
 
+# %% ../../nbs/10_evaluation/06_benchmark.ipynb #ded9d6d3
 def evaluate(
     run, # folder made by `train` or `import_published`
     data, # data set: with TestDataset/<set>/, or a set itself

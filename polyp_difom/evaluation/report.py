@@ -415,6 +415,7 @@ def _markdown(said, tables, notes, figures, design, arms:int) -> str: # `arms`: 
              *(f'## {title}\n\n{markdown_table(rows)}' for title, (_, rows) in tables.items())]
     return '\n\n'.join(filter(None, parts))
 
+# %% ../../nbs/10_evaluation/05_report.ipynb #367ec392
 def write_report(
     results:list, # as from `read_results`
     out, # folder

@@ -252,6 +252,7 @@ def _live_teacher(config:TrainConfig, device) -> list: # of one callback or none
     if not teacher.provenance.get('mask_logits'): raise InputError(f'live_teacher {config.live_teacher}: makes no masks; give one that was adapted, as adapted=FOLDER')
     return [LiveTeacher(teacher, config.mixup)]
 
+# %% ../../nbs/07_training/04_runs.ipynb #f463c69c
 def _prepare(data, features, frames, model, layout, target_config, config, device, cbs, metrics):
     "Images, targets, soft masks, loaders and model as a learner. Raises `InputError` for whatever does not fit."
     loss = OutputLoss(chosen_loss(model.student, config.loss), config.mutation)
@@ -335,6 +336,7 @@ def _given(preset:str, *configs) -> dict:
     given = {name: value for name, value in asked.items() if value != usual[name]}
     return given | ({} if preset == 'best' else dict(preset=preset))
 
+# %% ../../nbs/07_training/04_runs.ipynb #be833b55
 def _words(name:str, value) -> list:
     "An option as the command line has it."
     flag = f'--{name.replace("_", "-")}'
