@@ -64,6 +64,12 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
 
 
+@pytest.mark.parametrize('name', list_recipes())
+def test_every_run_of_every_recipe_knows_its_configuration(name):
+    recipe = read_recipe(name)
+    for job in list_jobs(recipe): assert _configuration(job, recipe)['student'] == job.options.get('student', job.student)
+
+
 def test_a_result_knows_the_weights_that_its_preset_chose():
     "Results of before the preset had its own do not go on with other ones."
     recipe = replace(TINY, arms={'undistilled': {}, 'all': dict(features='adapted')})

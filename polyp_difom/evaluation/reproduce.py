@@ -263,7 +263,7 @@ def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     chosen = preset_options(recipe.preset, job.options)
     batch = dict(batch_size=chosen['batch_size']) if 'batch_size' in chosen else {}
     weights = dict(lambdas=chosen.get('lambdas', TrainConfig.lambdas)) if 'features' in job.options else {}
-    return json.loads(json.dumps(dict(student=job.student, **batch | weights | job.options, **frames, teacher_options=recipe.teacher)))
+    return json.loads(json.dumps(dict(student=job.student) | batch | weights | job.options | frames | dict(teacher_options=recipe.teacher)))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."
