@@ -210,6 +210,9 @@ def _otherwise(ours, twin) -> str:
     different = [key for key in twin | ours if ours.get(key) != twin.get(key) and key != 'frames'] # `unlabelled` says it
     return ', '.join(_option(key, ours) for key in different) or 'nothing'
 
+def _basis(twin) -> str: # what the others are told beside
+    return ', '.join(_option(key, twin) for key in ('size', 'labels', 'batch_size', 'steps', 'epochs') if key in twin) if isinstance(twin, dict) else '–'
+
 def _minutes(runs:list) -> str:
     known = [r['seconds']/60 for r in runs if r.get('seconds')]
     return '–' if not known else f'{np.mean(known):.0f}' if np.mean(known) >= 10 else f'{np.mean(known):.2g}'
@@ -222,11 +225,11 @@ def arms_table(
     header, grid = ['student', 'arm', f'otherwise than {twin}', 'seeds', 'minutes a run'], _grid(results)
     known = {(student, arm): _configuration_of(runs) for student, arm, runs in grid}
     if not any(known.values()): return [header]
-    return [header, *([student, arm, _otherwise(known[student, arm], known.get((student, twin))) if arm != twin else '–', str(len(runs)), _minutes(runs)] for student, arm, runs in grid)]
+    return [header, *([student, arm, _otherwise(known[student, arm], known.get((student, twin))) if arm != twin else _basis(known[student, arm]), str(len(runs)), _minutes(runs)] for student, arm, runs in grid)]
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #06e099a1
 def _share(e) -> str:
-    if e.get('share_of_headroom') is None: return '–'
+    if e.get('share_of_headroom') is None or e['difference'] < 0: return '–'
     return f'{100*e["share_of_headroom"]:.0f} %' + (f' [{100*e["share_ci95"][0]:.0f}, {100*e["share_ci95"][1]:.0f}]' if e['share_ci95'] else '')
 
 def gains_table(
@@ -405,13 +408,15 @@ def _png(figure) -> bytes:
 # %% ../../nbs/10_evaluation/05_report.ipynb #3df5b5f7
 _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
-    "The verdict uses intervals that hold for all unseen sets at once with 95 %, for each arm by itself: of {arms} arms without effect luck lets about {luck:.2g} seem to help or to harm. The interval of a single seed knows the images only, not what another seed would give. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
+    "The verdict uses intervals that hold for all unseen sets at once with 95 %, and one for these sets together. Each of these tests is wrong in one of twenty cases, and here are {tests} of them, two for each comparison. A share is of the headroom of the arm beside which the difference stands. The interval of a single seed knows the images only, not what another seed would give. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
     '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
     'Published rows: U-Net to EMCADNet and "+ Ours" 352 px, 120 epochs, all labels, which ours need not be; the others are of their authors\' own training, sizes and epochs. Em is the maximum of the curve for ours, and not told for theirs.')
 
-def _markdown(said, tables, notes, figures, design, arms:int) -> str: # `arms`: that might help, of all students
-    how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, arms=arms, luck=.05*arms)
-    parts = [said, '\n'.join(f'- {note}' for note in notes), how, *(f'![{name}]({name})' for name in figures),
+def _paragraphs(said:str) -> str: return re.sub(r' (?=Arm beside arm:|For reference:|Numbers are )', '\n\n', said)
+
+def _markdown(said, tables, notes, figures, design, tests:int) -> str:
+    how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, tests=tests)
+    parts = [_paragraphs(said), '\n'.join(f'- {note}' for note in notes), how, *(f'![{name}]({name})' for name in figures),
              *(f'## {title}\n\n{markdown_table(rows)}' for title, (_, rows) in tables.items())]
     return '\n\n'.join(filter(None, parts))
 
@@ -428,10 +433,10 @@ def write_report(
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
     said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on, design.twin), _tables(kept, summary['differences'], others, design)
-    arms = len({(e['student'], e['arm']) for e in summary['differences'] if e['base'] == design.twin and design.claims(e['arm'])})
+    tests = 2*len({(e['student'], e['arm'], e['base']) for e in summary['differences'] if e['base'] != design.twin or e['arm'] not in design.references})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures
-    files |= {'report.tex': '\n'.join(latex_table(rows, title) for title, (_, rows) in tables.items()).encode(), 'report.md': _markdown(said, tables, notes, figures, design, arms).encode()}
+    files |= {'report.tex': '\n'.join(latex_table(rows, title) for title, (_, rows) in tables.items()).encode(), 'report.md': _markdown(said, tables, notes, figures, design, tests).encode()}
     summary = dict(verdict=said, notes=notes) | summary
     out.mkdir(parents=True, exist_ok=True)
     with disk_full_error(out):

@@ -310,7 +310,7 @@ def _check_options(job:Job):
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #ec0f7b91
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
-    run, begun = out/'runs'/job.place, out/'begun'/f'{job.place}.json'
+    run, begun, commit = out/'runs'/job.place, out/'begun'/f'{job.place}.json', _commit()
     if (run/'last.safetensors').exists(): _check_same(begun, _read_json(begun), job, recipe, data)
     else: _write_json(begun, dict(configuration=_configuration(job, recipe), data=data))
     if (run/'last.safetensors').exists(): resume(run, device=device)
@@ -319,8 +319,8 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict
     scored, cost = _score(run, sets)
     if changed := [name for name, value in _fingerprints(sources, sets).items() if data.get(name, value) != value]: raise InputError(f'{sources.data}: {name_some(changed, 3)} changed while the run was made; make the grid anew, in another --out')
     config = json.loads((run/'config.json').read_text())
-    result = dict(recipe=recipe.name, title=recipe.title, twin=recipe.twin, student=job.student, arm=job.arm, seed=job.seed, configuration=_configuration(job, recipe), command=config['command'], commit=_commit(),
-                  machine=_machine(find_device(device)), fingerprint=config['fingerprints'], data=data, seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start, 1),
+    result = dict(recipe=recipe.name, title=recipe.title, twin=recipe.twin, student=job.student, arm=job.arm, seed=job.seed, configuration=_configuration(job, recipe), command=config['command'], commit=commit,
+                  machine=_machine(find_device(device)) | dict(precision=config['settings']['precision']), fingerprint=config['fingerprints'], data=data, seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start, 1),
                   validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets, data) if job.options.get('features') == 'adapted' or recipe.teacher else None, sets=scored)
     _write_json(_result(job, out), result)
     return result

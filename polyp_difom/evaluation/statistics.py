@@ -236,7 +236,7 @@ def compare(
 class Design:
     "What is compared with what, and what counts as a claim."
     twin: str = 'undistilled'
-    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'soft masks'), ('soft masks, LFC', 'soft masks'), ('soft masks, HFC', 'soft masks'),
+    beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'both'), ('all', 'soft masks'), ('soft masks, LFC', 'soft masks'), ('soft masks, HFC', 'soft masks'),
                      ('soft masks', 'longer training'), ('all', 'longer training'), ('both', 'longer training'), ('soft masks', 'soft masks, half the labels'), ('soft masks, half the labels', 'undistilled, half the labels'),
                      ('all, half the labels', 'soft masks, half the labels'), ('soft masks, half the labels', 'soft masks, squared Dice'), ('published trainable fusion', 'both'),
                      ('soft masks', 'soft masks with zero weight'), ('soft masks', 'shuffled soft masks'), ('soft masks, half the labels', 'shuffled soft masks, half the labels'), ('all', 'shuffled targets'),

@@ -20,6 +20,8 @@ def points(
 def _with_headroom(entries, design) -> list:
     return [e for e in entries if (e.get('headroom') or 0) >= design.headroom]
 
+def _above(end:float) -> bool: return round(100*end, 1) > 0 # by the digits that are told: a bound of 0.0 moves with the draws
+
 def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, base and student, a set each
     "By the rules: enough seeds, where it gains, where it loses."
     names, first = [e['set'] for e in entries], entries[0]
@@ -27,9 +29,9 @@ def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, b
     roomy = _with_headroom(unseen, design)
     looked_at = roomy or unseen
     together = next((e for e in entries if e['set'] == TOGETHER), None)
-    gains = [e for e in looked_at if e['ci_claim'][0] > 0]
-    losses = [e for e in entries if e['ci_claim'][1] < 0 and (e in unseen or e is together or e['set'] in design.seen)]
-    helps = bool(gains) or bool(together and together['ci_claim'][0] > 0)
+    gains = [e for e in looked_at if _above(e['ci_claim'][0])]
+    losses = [e for e in entries if _above(-e['ci_claim'][1]) and (e in unseen or e is together or e['set'] in design.seen)]
+    helps = bool(gains) or bool(together and _above(together['ci_claim'][0]))
     seeds = min(e['seeds'] for e in entries)
     return {key: first[key] for key in ('arm', 'base', 'student')} | dict(seeds=seeds, enough=seeds >= design.seeds, helps=helps, harms=bool(losses), gains=gains, losses=losses,
                                                                          looked_at=looked_at, roomy=bool(roomy), together=together)
@@ -46,10 +48,7 @@ def judge(
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #b9640902
 def _listed(entries:list) -> str: return ', '.join(f'{e["set"]} {points(e["difference"], e["ci_claim"])}' for e in entries)
 
-def _called(name:str) -> str:
-    "An arm as it stands in a sentence: quoted where its name would blur a list of names."
-    quote = "'" if '"' in name else '"'
-    return f'{quote}{name}{quote}' if any(part in name for part in (',', ';', ' and ')) else name
+def _called(name:str) -> str: return f"'{name}'" if '"' in name else f'"{name}"' # "all" is an arm
 
 def _in_words(names) -> str:
     names = list(names)
@@ -94,10 +93,13 @@ def _each(judged, tell) -> str: return _in_words(f'{_called(j["arm"])} ({tell(j)
 
 def _controls(controls, helping) -> str:
     "Controls must not gain."
-    gaining, idle = [j for j in controls if j['helps']], [j for j in controls if not j['helps']]
+    gaining, harmed = [j for j in controls if j['helps']], [j for j in controls if j['harms'] and not j['helps']]
+    idle = [j for j in controls if j not in gaining + harmed]
     told = gaining and f'gains from the control {_each(gaining, lambda j: _listed(j["gains"]) or _together(j))}'
     if told: return f"but it {told}, too, so a gain need not be the teacher's" if helping else told
-    return f'the control{"s"*(len(idle) > 1)} {_each(idle, _together)} do{"es"*(len(idle) == 1)} not gain by more than noise' if idle else ''
+    return '; '.join(filter(None, [
+        idle and f'the control{"s"*(len(idle) > 1)} {_each(idle, _together)} do{"es"*(len(idle) == 1)} not gain by more than noise',
+        harmed and f'the control{"s"*(len(harmed) > 1)} {_each(harmed, _together)} lose{"s"*(len(harmed) == 1)}, which does not show what a harmless one would bring']))
 
 def _too_few(judged, design) -> str:
     "What arms with too few seeds show so far, which is no claim."
