@@ -377,7 +377,7 @@ def draw_sizes(
             seeds = [[record for name in sets if name in r['sets'] for record in r['sets'][name]['images'].values()] for r in _runs(results, arm, student)]
             sizes = _size_dice(seeds, metric) if seeds else {}
             ax.bar([list(SIZES).index(size) + .8*(i + .5)/len(arms) - .4 for size in sizes], [dice for _, dice in sizes.values()], .75/len(arms), color=f'C{i}', label=arm)
-        ax.set(title=printable(student), xticks=range(len(SIZES)), xticklabels=[f'{size}\n{sizes.get(size, (0,))[0]} images' for size in SIZES], ylabel=metric)
+        ax.set(title=printable(student), xticks=range(len(SIZES)), xticklabels=[f'{size}\n{sizes.get(size, (0,))[0]} images' for size in SIZES], ylabel=metric, xlabel='frames with a polyp')
         ax.tick_params(axis='x', labelsize=8)
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return fig
@@ -394,11 +394,14 @@ def _tables(results, found, others, design) -> dict: # title -> (file stem, rows
 def _stem(text:str) -> str: return re.sub('[^A-Za-z0-9]+', '-', text).strip('-')
 
 def _figures(results, found, design) -> dict: # name -> Figure
+    "Controls are in the tables: those that harm would take the axis."
     sets = unseen_sets(results, design) or set_names(results)
-    figures = {'gains.png': draw_gains(found, design.twin, design.metric), 'sizes.png': draw_sizes(results, pooled_sets(results, design) or sets, design.metric)}
-    pairs = dict.fromkeys((e['arm'], e['student']) for e in found if e['base'] == design.twin and e['arm'] not in (*design.controls, *design.rivals, *design.references))
-    wins = {f'wins-{_stem(student)}-{_stem(arm)}.png': draw_wins(results, arm, design.twin, student, sets, design.metric) for arm, student in pairs}
-    return figures | {name: figure for name, figure in wins.items() if figure}
+    shown = [e for e in found if e['arm'] not in design.controls] or found
+    figures = {'gains.png': draw_gains(shown, design.twin, design.metric), 'sizes.png': draw_sizes(results, pooled_sets(results, design) or sets, design.metric)}
+    for e in found:
+        name = '-'.join(['wins', _stem(e['student']), _stem(e['arm']), *(['beside', _stem(e['base'])] if e['base'] != design.twin else [])]) + '.png'
+        if design.claims(e['arm']) and e['base'] in (design.twin, *design.rivals) and name not in figures: figures[name] = draw_wins(results, e['arm'], e['base'], e['student'], sets, design.metric)
+    return {name: figure for name, figure in figures.items() if figure}
 
 def _png(figure) -> bytes:
     content = BytesIO()
