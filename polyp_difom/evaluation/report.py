@@ -383,13 +383,13 @@ def draw_sizes(
     return fig
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #3f07a5b4
-def _tables(results, found, others, design) -> dict: # title -> (file stem, rows)
+def _tables(results, summary, others, design) -> dict: # title -> (file stem, rows)
     names = set_names(results)
     seen = [name for name in names if name in design.seen]
     tables = {'Table 1: seen sets, percent': ('seen', seen), 'Table 2: unseen sets, percent': ('unseen', [name for name in names if name not in seen])}
     arms = arms_table(results, design.twin)
     return ({'Arms': ('arms', arms)} if len(arms) > 1 else {}) | {title: (stem, paper_table(results, sets, others)) for title, (stem, sets) in tables.items() if sets} | {
-        'Gains': ('gains', gains_table(found)), 'Dice by polyp size, percent': ('sizes', size_table(results, design.metric)), 'Polyps found': ('detection', detection_table(results))}
+        'Gains': ('gains', gains_table(summary['differences'])), 'Gains by polyp size': ('gains-by-size', gains_table(summary['sizes'])), 'Dice by polyp size, percent': ('sizes', size_table(results, design.metric)), 'Polyps found': ('detection', detection_table(results))}
 
 def _stem(text:str) -> str: return re.sub('[^A-Za-z0-9]+', '-', text).strip('-')
 
@@ -435,7 +435,7 @@ def write_report(
 ) -> dict: # the summary, with `verdict` and `notes`
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
-    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on, design.twin), _tables(kept, summary['differences'], others, design)
+    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on, design.twin), _tables(kept, summary, others, design)
     tests = 2*len({(e['student'], e['arm'], e['base']) for e in summary['differences'] if e['base'] != design.twin or e['arm'] not in design.references})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures

@@ -6,7 +6,7 @@
 __all__ = ['DISTINCT', 'TOGETHER', 'synthetic_results', 'read_sequences', 'group_images', 'find_duplicates', 'group_alike',
            'score_matrix', 'pair_scores', 'bootstrap_means', 'interval', 'seeds_needed', 'teacher_scores', 'compare',
            'Design', 'names_of', 'set_names', 'is_unseen', 'unseen_sets', 'add_distinct', 'pooled_sets', 'differences',
-           'read_result', 'read_results', 'summarise', 'write_summary']
+           'size_differences', 'read_result', 'read_results', 'summarise', 'write_summary']
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #2802e21e
 import gzip, json
@@ -23,6 +23,7 @@ from scipy.stats import nct, norm, t as student_t, wilcoxon
 from ..core import InputError, atomic_path, file_hash, is_number, name_some, parallel_map
 from ..data.images import read_image
 from ..data.sequences import named_sequence
+from .polyps import SIZES, size_of
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #11f4a3d2
 _SETS = {'Kvasir': range(40), 'CVC-ClinicDB': range(5, 613, 10), 'CVC-ColonDB': range(1, 121), 'PolypGen-C6': range(60)} # image numbers
@@ -306,16 +307,37 @@ def pooled_sets(
     return [name + DISTINCT if name + DISTINCT in names else name for name in unseen_sets(results, design)]
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #dca2e33e
+def _pairs(results, design) -> list: # of (arm, what it is compared with)
+    arms = names_of(results, 'arm')
+    return [(arm, design.twin) for arm in arms if arm != design.twin] + [(arm, base) for arm, base in design.beside if {arm, base} <= set(arms)]
+
 def differences(
     results:list, design:Design=Design(), sequences:dict=None # as from `read_sequences`
 ) -> list: # of dict: arm, base, student, set, and what `compare` says
     "Every arm beside its twin, and beside the arm that it adds to, on every set and on the unseen ones together."
-    arms, claims = names_of(results, 'arm'), max(1, len(unseen_sets(results, design)))
-    pairs = [(arm, design.twin) for arm in arms if arm != design.twin] + [(arm, base) for arm, base in design.beside if {arm, base} <= set(arms)]
+    claims = max(1, len(unseen_sets(results, design)))
     sets = {name: [name] for name in set_names(results)} | ({TOGETHER: pool} if len(pool := pooled_sets(results, design)) > 1 else {})
-    found = [dict(arm=arm, base=base, student=student, set=name) | compared for student in names_of(results, 'student') for arm, base in pairs for name, members in sets.items()
+    found = [dict(arm=arm, base=base, student=student, set=name) | compared for student in names_of(results, 'student') for arm, base in _pairs(results, design) for name, members in sets.items()
              if (compared := compare(results, arm, base, student, members, design.metric, sequences, claims if len(members) == 1 else 1, design.draws))]
-    if not found: raise InputError(f'nothing to compare: no arm has a seed in common with {design.twin!r}; arms are {name_some(arms)}')
+    if not found: raise InputError(f'nothing to compare: no arm has a seed in common with {design.twin!r}; arms are {name_some(names_of(results, "arm"))}')
+    return found
+
+# %% ../../nbs/10_evaluation/03_statistics.ipynb #8e173950
+def _of_size(scored:dict, size:str) -> dict: return _cut_set(scored, [image for image, record in _records(scored).items() if size_of(record['area']) != size])
+
+def _has_size(scored:dict, size:str) -> bool: return any(size_of(record['area']) == size for record in _records(scored).values())
+
+def size_differences(
+    results:list, design:Design=Design(), sequences:dict=None # as from `read_sequences`
+) -> list: # of dict, as from `differences`: set is `TOGETHER` and the size
+    "Every comparison on the unseen sets together, by the size of the polyps, see `SIZES`; frames without polyp are in none."
+    found = []
+    for size in SIZES:
+        pool = [name for name in pooled_sets(results, design) if all(_has_size(r['sets'][name], size) for r in results if name in r['sets'])]
+        cut = lambda sets: {name: _of_size(sets[name], size) for name in pool if name in sets and _has_size(sets[name], size)}
+        kept = [r | dict(sets=cut(r['sets']), teacher=r.get('teacher') and r['teacher'] | dict(sets=cut(r['teacher']['sets']))) for r in results]
+        found += [dict(arm=arm, base=base, student=student, set=f'{TOGETHER}, {size} polyps') | compared for student in names_of(results, 'student') for arm, base in _pairs(results, design)
+                  if pool and (compared := compare(kept, arm, base, student, pool, design.metric, sequences, 1, design.draws))]
     return found
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #b5e28bf8
@@ -370,14 +392,14 @@ def _common(results, key): # the one value, or all of them
 def summarise(
     results:list, design:Design=Design(), sequences:dict=None, # as from `read_sequences`
     duplicates:dict=None # set -> names, as from `find_duplicates`
-) -> dict: # recipe, commit, machine, teacher, cost, means, differences: JSON
+) -> dict: # recipe, commit, machine, teacher, cost, means, differences, sizes: JSON
     "The results of a grid in one record."
     kept = add_distinct(results, duplicates)
     teachers = {student: {name: mean for name in set_names(kept) if (mean := teacher_scores(kept, '', student, name, design.metric)[0]) is not None} for student in names_of(kept, 'student')}
     cost = [dict(arm=arm, student=student, seconds=float(np.mean([r.get('seconds') or np.nan for r in runs])), **(runs[0].get('cost') or {}))
             for student in names_of(kept, 'student') for arm in names_of(kept, 'arm') if (runs := [r for r in kept if (r['arm'], r['student']) == (arm, student)])]
     return dict(recipe=_common(results, 'recipe'), commit=_common(results, 'commit'), machine=_common(results, 'machine'), metric=design.metric,
-                teacher=teachers, cost=cost, means=_means(kept), differences=differences(kept, design, sequences))
+                teacher=teachers, cost=cost, means=_means(kept), differences=differences(kept, design, sequences), sizes=size_differences(kept, design, sequences))
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #48ea2392
 def _kept(result:dict, metric:str) -> dict: # set -> image -> score
