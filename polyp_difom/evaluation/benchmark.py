@@ -189,7 +189,7 @@ def evaluate(
         if known := sum(image in seen for image in images): warnings.warn(f'{name}: the run was trained or selected on {known} of these {len(images)} frames; scores on them say nothing about new ones', SeenFrames)
         report['sets'][name] = summary | dict(fingerprint=known_by, trained_on=sum(image in seen for image in images), published=beside.get(name, {}))
         written |= files
-    report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, 'report.md', 'report.json'])
+    report |= dict(images=sum(map(len, sets.values())), seconds=round(time.perf_counter() - start, 1), files=[*written, *_reports])
     texts = {'report.json': json.dumps(report, indent=1), 'report.md': report_markdown(report)}
     _write_files(out, {name: text.encode() for name, text in texts.items()} | written, report['place'])
     return report
