@@ -47,7 +47,7 @@ def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
 
 def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
     known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
-    assert not any(Design().claims(arm) for arm in known if 'shuffled' in arm or 'undistilled' in arm or 'longer' in arm)
+    assert not any(Design().claims(arm) for arm in known if 'shuffled' in arm or 'undistilled' in arm or arm in ('longer training', 'longest training'))
     for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
 
 
@@ -61,7 +61,9 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('soft masks', 'soft masks with zero weight') == {'soft_weight'}
     assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
     assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
-    assert differ('undistilled', 'longer training') == {'steps'} and differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
+    assert differ('all, longer training', 'all') == differ('undistilled', 'longer training') == {'steps'} and differ('all, longer training', 'longer training') == differ('all', 'undistilled')
+    assert arms['longest training']['steps']*8 == arms['all, longer training']['steps']*arms['all, longer training']['batch_size'] == 2*arms['longer training']['steps']*8 # images in all
+    assert differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
 
 
 @pytest.mark.parametrize('name', list_recipes())
