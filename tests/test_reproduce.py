@@ -59,8 +59,8 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
     assert differ('soft masks', 'soft masks with zero weight') == {'soft_weight'}
-    assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, half the labels') == differ('undistilled', 'undistilled, half the labels') == {'batch_size'}
-    assert differ('soft masks, half the labels', 'soft masks, squared Dice') == {'soft_loss'}
+    assert differ('soft masks', 'shuffled soft masks') == {'shuffled'} and differ('soft masks', 'soft masks, 4 labels a step') == differ('undistilled', 'undistilled, 4 labels a step') == {'batch_size'}
+    assert differ('soft masks, 4 labels a step', 'soft masks, squared Dice') == {'soft_loss'}
     assert differ('all, longer training', 'all') == differ('undistilled', 'longer training') == {'steps'} and differ('all, longer training', 'longer training') == differ('all', 'undistilled')
     assert arms['longest training']['steps']*8 == arms['all, longer training']['steps']*arms['all, longer training']['batch_size'] == 2*arms['longer training']['steps']*8 # images in all
     assert differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
@@ -90,7 +90,7 @@ def test_an_arm_sees_as_many_labels_in_a_step_as_its_twin_or_says_so(name):
     for arm, options in recipe.arms.items():
         batch = (recipe.shared | options)['batch_size']
         labelled = batch - round(batch*options.get('ratio', .5)) if options.get('unlabelled') or arm == 'labels for all' else batch # of the latter half have the true masks of those frames
-        half = 'half the labels' in arm or arm == 'soft masks, squared Dice' # an earlier grid's, which its comment says
+        half = '4 labels a step' in arm or arm == 'soft masks, squared Dice' # an earlier grid's, which its comment says
         assert labelled == recipe.shared['batch_size']/(2 if half else 1), arm
 
 
