@@ -33,7 +33,7 @@ ARMS = ('distilled', 'undistilled')
 MODES = dict(fp32='eager', channels_last='channels_last', bf16='bf16')
 BATCHES = dict(forward=1, train=2) # CFA-Net learns from no single image
 KEYS, DRAWN, MEANT = ('student', 'mode', 'what', 'size'), 'channels_last', 1024 # pixels that SAM-Mamba was made for
-BESIDE = dict(sanet=(-9, -3, 'right'), emcadnet=(-2, 9, 'center'), msnet=(0, -17, 'center'), pranet=(-9, -3, 'right'), sam_mamba=(0, 15, 'center'), m2snet=(9, -3, 'left'), pvt_cascade=(-10, 2, 'right'), ctnet=(11, -3, 'left'),
+BESIDE = dict(sanet=(-9, -3, 'right'), emcadnet=(-6, -13, 'right'), msnet=(0, -17, 'center'), pranet=(-9, -3, 'right'), sam_mamba=(0, 15, 'center'), m2snet=(9, -3, 'left'), pvt_cascade=(-10, -1, 'right'), ctnet=(11, -3, 'left'),
               meganet=(11, -3, 'left'), unet=(8, -3, 'left'), unetpp=(-7, -3, 'right')) # where a name stands beside its point, and to which side
 UNSEEN = {'CVC-ColonDB': 380, 'ETIS-LaribPolypDB': 196} # CVC-300 is a part of ColonDB
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from .core import InputError, printable
+from .core import InputError, name_some, printable
 
 # %% ../nbs/13_cli.ipynb #feaae28c
 app = typer.Typer(help='Distil vision foundation models into small, fast polyp segmenters.', no_args_is_help=True, add_completion=False,
@@ -93,13 +93,14 @@ def _check(data:DataFolder, images:ImagesOption=None, masks:MasksOption=None, ma
     from polyp_difom.data.check import check
     report = check(data, _layout(images, masks, mask_suffix, mask_above))
     _print_report(report)
-    if report.errors: raise InputError(f'{data}: {len(report.errors)} problems to mend, {len(report) - len(report.errors)} notes')
+    if report.errors: raise InputError(f'{data}: {len(report.errors)} problem{"s"*(len(report.errors) != 1)} to mend, {len(report) - len(report.errors)} note{"s"*(len(report) - len(report.errors) != 1)}')
     _say(f'{data}: no problems, {len(report)} notes')
 
 def _print_report(report):
     "Problems, a line each or a line for many alike; then each part in numbers, polyp areas in percent of the frame."
     for line in report.lines(): _say(line)
-    rows = [[part, *(f'{value:.3g}' if isinstance(value, float) else str(value) for value in numbers.values())] for part, numbers in report.summary.items()]
+    def cell(name, value, pairs): return '–' if value is None else f'{value*pairs:.0f} ({value:.1%})' if name == 'without_polyp' else f'{value:.3g}' if isinstance(value, float) else str(value)
+    rows = [[part, *(cell(name, value, numbers['pairs']) for name, value in numbers.items())] for part, numbers in report.summary.items()]
     if rows: _print_table([['part', *(name.replace('_', ' ') + ' %'*name.startswith('area') for name in next(iter(report.summary.values())))], *rows])
 
 # %% ../nbs/13_cli.ipynb #86645396
@@ -119,6 +120,7 @@ def _convert(
     report = convert(source, out, share, seed, test_name, categories or (), _layout(images, masks, mask_suffix, mask_above))
     _print_report(report)
     _say(f'{out}: {sum(map(len, report.areas.values()))} pairs; look at them with: polyp-difom check {out}')
+    if empty := sum(int((areas == 0).sum()) for areas in report.areas.values()): _say(f'note: {empty} of them without polyp; train with --allow-empty, or take them away')
 
 # %% ../nbs/13_cli.ipynb #c66eda4a
 @app.command('teachers')
@@ -278,7 +280,7 @@ def _train(
     width:Annotated[Optional[int], _option('Channels of the first block, for students that have such an option.')]=None,
     no_pretrained:Annotated[bool, _option('Start without pretrained backbone weights.', _MORE, '--no-pretrained')]=False,
     backbone_weights:Annotated[Optional[Path], _option('Local file of pretrained backbone weights, instead of the hub.')]=None,
-    schedule:Annotated[Optional[str], _option('constant (the paper), one-cycle, or restart: one-cycle in each phase.')]=None,
+    schedule:Annotated[Optional[str], _option('constant (the paper), one-cycle, restart: one-cycle in each phase, or step: a tenth after every 30 epochs.')]=None,
     freeze:Annotated[Optional[bool], _option('The encoder in phase III.', _MORE, '--freeze/--no-freeze')]=None,
     valid:Annotated[float, _option('Share of the training images held out to choose the epoch by.')]=0.1,
     seed:Annotated[int, _option('Of split, weights, shuffling and augmentation.')]=0,
@@ -416,6 +418,7 @@ def _score_run(run, data, layout, device, probability_correction) -> dict:
     _say(report_note(report))
     _print_table(list(zip(*report_rows(report))))
     _say(f'pictures and scores of every image: {run/"evaluation"}')
+    if others := sorted(path.parent for path in (run/'evaluation').glob('*/report.md')): _say(f'evaluations on other data: {name_some(others)}')
     return report
 
 # %% ../nbs/13_cli.ipynb #915773aa

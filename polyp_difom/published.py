@@ -19,7 +19,7 @@ from torch import nn
 from . import __version__
 from .core import InputError, atomic_path, disk_full_error, file_hash, name_some, nearest, printable
 from .weights import check_finite, read_weights
-from .students.blocks import Student, as_outputs
+from .students.blocks import Student
 from .students.unetpp import UNetPlusPlus
 from .students.registry import create_student
 from .targets.trainable_fusion import TrainableFusion
@@ -57,14 +57,6 @@ def _noise_maps(x, channels) -> list: # of (B, C_k, 64, 64)
     "White noise of seed 5 in the place of teachers' maps."
     noise = np.random.default_rng(5)
     return [torch.from_numpy(noise.standard_normal((len(x), c, 64, 64)).astype(np.float32)).to(x.device) for c in channels]
-
-def published_outputs(
-    network:Student, # as from `load_published`
-    x # (B, 3, H, W) normalised
-) -> list: # of (B, 1, H, W), coarse to fine; of the authors' Polyp-DiFoM its logits and two losses
-    "What the published network returns, as a list; a network whose `forward` returns something else has a method of this name."
-    if hasattr(network, 'published_outputs'): return network.published_outputs(x)
-    return list(as_outputs(network(x)))
 
 # %% ../nbs/11_published.ipynb #c335a115
 class PublishedNetwork(NamedTuple):
@@ -209,7 +201,7 @@ def load_published(
     name:str, # see `published_networks`
     weights, # path of the published checkpoint, or its state dict, with the authors' keys
     **options # of the student; EMCADNet's weights from the authors' training scripts need `activation='relu6'`
-) -> Student: # in eval mode; see `published_outputs`
+) -> Student: # in eval mode; `published_outputs(x)` is what the authors' network returns
     "A published network with its published weights. Raises `InputError` that lists missing and unknown keys."
     if name not in published_networks: raise InputError(f'unknown published network {name}; {nearest(name, published_networks)}')
     published, source = published_networks[name], f'weights of {name}' if isinstance(weights, dict) else weights

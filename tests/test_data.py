@@ -121,7 +121,7 @@ def test_masks_that_read_right(coding, mask, tmp_path):
     assert np.array_equal(read_mask(coded(mask, coding, tmp_path/'m.tif')), mask)
 
 
-@pytest.mark.parametrize('coding, said', [('0/1', 'largest value 1, nothing above 128; if that is polyp, give --mask-above 0'), ('0/127', '--mask-above 0'), ('16 bits 0/1', '--mask-above 0'),
+@pytest.mark.parametrize('coding, said', [('0/1', 'largest value 1, nothing above 128; if that is polyp in all masks, give --mask-above 0'), ('0/127', '--mask-above 0'), ('16 bits 0/1', '--mask-above 0'),
     ('classes', '--mask-above 0'), ('palette red', '--mask-above 0'), ('palette blind', 'palette entries of one colour'), ('alpha', 'alpha channel'), ('alpha of white', 'alpha channel'),
     ('void border', r'several grey levels \(0, 1, 255\); say above which'), ('three levels', r'several grey levels \(0, 127, 255\)')])
 def test_masks_that_would_read_wrong(coding, said, mask, own, pairs, tmp_path):

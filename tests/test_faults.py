@@ -70,7 +70,7 @@ def test_training_refuses_a_broken_pair_by_name(spoil, fails, own_data, tmp_path
     spoil(pair)
     assert pair.image.stem in fails('train', own_data, *SHORT, '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
-    assert '1 problems to mend' in fails('check', own_data)
+    assert '1 problem to mend' in fails('check', own_data)
 
 
 def test_frames_without_polyp_can_be_allowed(polyp_difom, own_data, tmp_path):

@@ -16,7 +16,7 @@ from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.students.registry import create_student
 from polyp_difom.teachers.base import Teacher
 from polyp_difom.training.callbacks import (Distillation, EncoderFreeze, EpochLog, EpochSeed, PhaseSchedule, TargetWatch, adam, dice_score, learner_tensors,
-                                            load_callback_tensors, phase_restarts)
+                                            StepDecay, load_callback_tensors, phase_restarts)
 from polyp_difom.training.learner import load_learner_tensors
 from polyp_difom.targets.soft_masks import confidence, sharpen
 from polyp_difom.training.learner import TrainConfig
@@ -221,6 +221,18 @@ def test_the_rate_restarts_with_each_phase_also_in_a_resumed_fit(data):
     rates.clear()
     fit(learn, 4, start_epoch=2, cbs=[phase_restarts((1, 2, 1), 1e-3), Keep()])
     assert rates == whole[2*n:]
+
+
+def test_the_rate_falls_to_a_tenth_also_in_a_resumed_fit(data):
+    rates = []
+    class Keep(Callback):
+        run_valid, order = False, 61
+        def before_batch(self): rates.append(self.opt.hypers[-1]['lr'])
+    for start in (0, 2):
+        rates.clear()
+        fit(learner(data, latents=None, targets=False, soft=False, unlabelled=0), 4, start_epoch=start, cbs=[StepDecay(1e-3, every=3), Keep()])
+        n = len(rates)//(4 - start)
+        assert rates == pytest.approx([1e-3]*n*(3 - start) + [1e-4]*n)
 
 
 # --- balance -------------------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from PIL import Image
 from polyp_difom.core import InputError
 from polyp_difom.model.model import PolypDiFoM, load_model, predict
 from polyp_difom.students.registry import create_student, student_table
-from polyp_difom.published import published_outputs, PublishedUNetPlusPlus, load_published, published_key, published_networks
+from polyp_difom.published import PublishedUNetPlusPlus, load_published, published_key, published_networks
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')/'parity'
 NAME = re.compile(r'(?P<network>\w+?)(?P<calibrated>_cal)?_w(?P<seed>\d+)_s(?P<size>\d+)_x(?P<input>\d+)') # of a file of reference outputs
@@ -57,13 +57,22 @@ def test_outputs_are_those_of_the_published_network(file):
     name, reference = NAME.fullmatch(file), np.load(REFERENCE/f'{file}.npz')
     size = int(name['size'])
     x = torch.from_numpy(np.random.default_rng(int(name['input'])).standard_normal((1, 3, size, size)).astype(np.float32))
-    outputs = published_outputs(load_published(name['network'], fill(name['network'], int(name['seed']), name['calibrated'])), x)
+    outputs = load_published(name['network'], fill(name['network'], int(name['seed']), name['calibrated'])).published_outputs(x)
     assert len(outputs) == len(reference.files)
     for i, ours in enumerate(outputs):
         theirs = torch.from_numpy(reference[f'out{i}'])
         ours = (ours[..., ::4, ::4] if ours.ndim == 4 else ours).reshape(theirs.shape)
         assert (ours - theirs).norm() < 1e-5*theirs.norm()
         if ours.ndim == 4: assert (ours - theirs).norm() < 1e-4*(theirs - theirs.mean()).norm(), 'a large mean hides a map'
+
+
+@pytest.mark.parametrize('name', ['msnet', 'm2snet'])
+@torch.no_grad()
+def test_a_size_that_32_does_not_divide_is_not_padded_where_the_authors_do_not_pad_it(name):
+    net, x, seen = create_student(name, pretrained=False).eval(), torch.randn(1, 3, 90, 70), []
+    with net.head.register_forward_hook(lambda module, given, result: seen.append(result)): ours, = net.published_outputs(x)
+    assert seen[0].shape[2:] == (23, 18) and torch.equal(ours, torch.nn.functional.interpolate(seen[0], (90, 70), mode='bilinear'))
+    assert net(x).shape == ours.shape and not torch.allclose(net(x), ours)
 
 
 def test_a_file_with_wrong_keys_is_refused_with_their_names(published):

@@ -16,8 +16,8 @@ from polyp_difom.targets.latent import build_targets
 from polyp_difom.training.losses import latent_loss, output_loss, segmentation_loss
 from polyp_difom.model.model import PolypDiFoM, load_model, save_model
 from polyp_difom.students.registry import create_student
-from polyp_difom.students.blocks import encoder_modules, student_registry, timm_encoder
-from polyp_difom.training.callbacks import Distillation
+from polyp_difom.students.blocks import as_outputs, encoder_modules, student_registry, timm_encoder
+from polyp_difom.training.callbacks import Distillation, EpochSeed
 from polyp_difom.training.learner import difom_learner
 from polyp_difom.training.runs import train
 
@@ -82,6 +82,23 @@ def test_three_phases_freeze_the_encoder_and_nothing_else(name, data, features):
     assert moved(states[0], states[1]) & encoder and not moved(states[1], states[2]) & encoder
     assert moved(states[1], states[2]) - encoder
     assert [p.requires_grad for p in student.parameters()] == learning, 'thawed when the run is over'
+
+
+@pytest.mark.parametrize('name', student_registry)
+def test_soft_masks_of_frames_teach_every_student(name, data, features):
+    pairs, states = train_pairs(data), []
+    for weight in (0., 1.):
+        model = PolypDiFoM(small(name), 'free')
+        images, soft = [pair.image for pair in pairs[:8]], torch.full((8, 1, 64, 64), 255, dtype=torch.uint8) # the teacher sees polyp everywhere
+        part = PolypDataset(pairs[:4], 64, build_targets(FeatureStore(features), images, model.target_grids(64), model.latents.channels), unlabelled=images[4:], soft=soft)
+        dls = polyp_dataloaders(part, PolypDataset(pairs[8:10], 64), 4, (1.,), torch.device('cpu'), ratio=.5)
+        learn = difom_learner(dls, model, distill=Distillation(lambdas=(1, .1, .1), soft=weight), cbs=[EpochSeed(0)])
+        with learn.no_bar(), learn.no_logging(): learn.fit_phases((0, 3, 0), 1e-3, freeze=False)
+        states.append(model.student.state_dict())
+        frames = torch.stack([part[i][0] for i in range(4, 8)]).float()/255
+        with torch.no_grad(): states.append(model.student.merge(as_outputs(model.train()(frames))).mean()) # by the batch's own statistics, which few steps have not yet settled
+    assert all(torch.isfinite(x).all() for state in states[::2] for x in state.values())
+    assert states[3] > states[1], 'what it says of the frames moves towards the teacher'
 
 
 def test_pretrained_weights_out_of_reach_end_in_one_line(monkeypatch, data, tmp_path):

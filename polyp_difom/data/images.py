@@ -156,9 +156,9 @@ def _mask_fault(
 ) -> str: # what is wrong, empty if nothing is
     "Why `above` does not split a mask into polyp and background."
     values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    if 0 < values[-1] <= above: return f'largest value {values[-1]}, nothing above {above}; if that is polyp, give --mask-above 0'
+    if 0 < values[-1] <= above: return f'largest value {values[-1]}, nothing above {above}; if that is polyp in all masks, give --mask-above 0, else store this one as 0 and 255'
     if len(values) < 3: return ''
-    if above < NOISE and _is_noisy(values): return f'noise of JPEG above {above}; give --mask-above 128'
+    if above < NOISE and _is_noisy(values): return f'soft borders or noise of JPEG above {above}; give --mask-above 128, or store it as 0 and 255'
     if above != 128: return '' # the user's word
     levels = _grey_levels(grey, values)
     if sum(level <= above for level in levels) > 1 or sum(level > above for level in levels) > 1:
@@ -249,7 +249,7 @@ def pair_fault(
 # %% ../../nbs/01_data/01_images.ipynb #9288924a
 def _folders(folder:Path, layout:Layout) -> tuple: # of the images, of the masks
     if layout.images or layout.masks:
-        if not (layout.images and layout.masks): raise InputError('--images and --masks go together: give both folders')
+        if not (layout.images and layout.masks): raise InputError('--images and --masks go together: give both folders, the same one twice where --mask-suffix tells images and masks apart')
         return folder/layout.images, folder/layout.masks
     images, masks = _subfolder(folder, 'images'), _subfolder(folder, 'masks')
     if not layout.mask_suffix or images.is_dir() and masks.is_dir(): return images, masks
@@ -410,7 +410,7 @@ def train_folder(
     if not data.is_dir(): raise InputError(f'{data}: no such folder')
     for folder in (data/'TrainDataset', data):
         if _holds_images(folder, layout): return folder
-    missing = f'no folder {layout.images}' if layout.images else 'neither TrainDataset/images nor images'
+    missing = f'no folder {layout.images}' if layout.images else f'no pictures beside masks *{layout.mask_suffix}, and no images/' if layout.mask_suffix else 'neither TrainDataset/images nor images'
     raise InputError(f'{data}: {missing} in it; {layout_advice(data/"TrainDataset" if (data/"TrainDataset").is_dir() else data)}')
 
 # %% ../../nbs/01_data/01_images.ipynb #34f1d12f

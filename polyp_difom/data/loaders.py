@@ -122,7 +122,7 @@ def fingerprint(
 # %% ../../nbs/01_data/05_loaders.ipynb #371545f1
 def _tell_broken(broken:list, total:int, allow_empty:bool):
     "Raise one `InputError` over all broken pairs."
-    if broken: raise InputError(f'{len(broken)} broken of {total} pairs: {name_some(broken, 3)}; mend what `polyp-difom check` lists'
+    if broken: raise InputError(f'{len(broken)} broken of {total} pairs: {name_some(broken, 3)}; mend or take away what `polyp-difom check` lists'
                                 + ('' if allow_empty else ' (frames without polyp: --allow-empty)'))
 
 # %% ../../nbs/01_data/05_loaders.ipynb #ac291c3b

@@ -6,7 +6,7 @@
 __all__ = ['views', 'view_key', 'new_array', 'open_group', 'FeatureStore']
 
 # %% ../../nbs/03_features/01_store.ipynb #0a9a993a
-import hashlib, math, os, re, warnings
+import hashlib, math, os, re, shlex, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -278,6 +278,14 @@ def _read_row(self:FeatureStore, teacher:str, row:int, image): # (C, h, w) float
         if not np.isfinite(found).all() and not np.isnan(found).all(): raise ValueError
         return found
 
+# %% ../../nbs/03_features/01_store.ipynb #a5e7d03f
+@patch
+def advice(self:FeatureStore, teacher:str, image) -> str: # path of an image, or what else it is known by
+    "The command that adds what is missing."
+    folder = shlex.quote(printable(Path(image).parent)) if '/' in str(image) else 'FOLDER'
+    spec = 'adapted=ADAPTED' if teacher == 'adapted' else teacher
+    return f'add them with: polyp-difom extract {folder} --teacher {spec} --out {shlex.quote(printable(self.path))}'
+
 # %% ../../nbs/03_features/01_store.ipynb #1db51f3d
 @patch
 def read(self:FeatureStore,
@@ -289,7 +297,7 @@ def read(self:FeatureStore,
     digest = image if isinstance(image, bytes) else file_hash(image)
     row, image = self.rows.get(view_key(digest, view)), self._names.get(digest, digest.hex() if image is digest else image)
     found = self._read_row(teacher, row, f'{image} {view}'.rstrip()) if row is not None and row < self.array(teacher).shape[0] else None
-    if found is None or np.isnan(found.flat[0]): raise InputError(f'{self.path}: no features of {teacher} for {image} {view}'.rstrip() + '; run `polyp-difom extract` again')
+    if found is None or np.isnan(found.flat[0]): raise InputError(f'{self.path}: no features of {teacher} for {image} {view}'.rstrip() + f'; {self.advice(teacher, image)}')
     return found
 
 # %% ../../nbs/03_features/01_store.ipynb #ae0e4cb7
@@ -317,7 +325,7 @@ def check_images(self:FeatureStore,
     for teacher in teachers or self.check_teachers():
         if gaps := self.missing(teacher, hashes):
             raise InputError(f'{self.path}: no features of {teacher} for {len(gaps)} of {len(images)} images ({name_some((images[i].name for i in gaps), 3)} in {printable(Path(images[gaps[0]]).parent)}); '
-                             'are they of another data set? run `polyp-difom extract` on this one')
+                             f'are they of another data set? {self.advice(teacher, images[gaps[0]])}')
     return hashes
 
 # %% ../../nbs/03_features/01_store.ipynb #0bd29730

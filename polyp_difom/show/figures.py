@@ -281,6 +281,10 @@ def show_log(
     return figure
 
 # %% ../../nbs/09_show/01_figures.ipynb #d0ebc3de
+def _shorten(name:str, most:int=20) -> str: # letters
+    "A long name without its middle."
+    return name if len(name) <= most else f'{name[:most//2 - 1]}…{name[-most//2:]}'
+
 def show_extremes(
     model:PolypDiFoM, # in eval mode
     pairs:list, # of `Pair`
@@ -296,8 +300,8 @@ def show_extremes(
         pair, score = pairs[ranked[rank]], dice[ranked[rank]]
         image = read_image(pair.image)
         _draw_outline(axis, image, white=read_mask(pair.mask, above), cyan=predict(model, image, size))
-        _title(axis, f'{which}: {printable(pair.image.name)[:18]}, Dice {score:.2f}', fontsize=7)
-    figure.suptitle(printable(title), fontsize=9, parse_math=False)
+        _title(axis, f'{which}: {_shorten(printable(pair.image.name))}, Dice {score:.2f}', fontsize=7)
+    figure.suptitle(f'{printable(title)}: prediction at 0.5 (cyan), truth (white)'.removeprefix(': '), fontsize=9, parse_math=False)
     return figure
 
 # %% ../../nbs/09_show/01_figures.ipynb #cb2a039c

@@ -76,6 +76,9 @@ class Student(nn.Module):
     def forward(self, x): # (B, 3, H, W) normalised -> what `decode` returns, at the size of x
         return crop(self.decode(self.encode(pad_to_multiple(x, max(self.strides)))), *x.shape[-2:])
 
+    def published_outputs(self, x): # (B, 3, H, W) normalised -> what the authors' network returns, as a list
+        return list(as_outputs(self(x)))
+
 # %% ../../nbs/04_students/00_blocks.ipynb #25cde559
 @contextmanager
 def eval_mode(module:nn.Module):

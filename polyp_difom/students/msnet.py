@@ -77,12 +77,23 @@ def subtract(self:MSNet, name:str, deep, shallow): # (B, 64, h, w) each -> (B, 6
 
 # %% ../../nbs/04_students/08_msnet.ipynb #244e87f0
 @patch
-def decode(self:MSNet, features): # [f1 … f5] -> logits (B, 1, H, W)
+def decode_small(self:MSNet, features): # [f1 … f5] -> logits (B, 1, H/4, W/4)
     "Ten differences, summed by level, and four steps up."
     reduced = [self.reduce[level](f) for level, f in zip('2345', features[1:])]
     found = subtraction_pyramid([*reversed(reduced), features[0]], self.subtract)
     level = {4: found[4][0]} | {n: self.levels[str(n)](sum(found[n])) for n in (3, 2, 1)}
     x = self.start(features[-1])
     for n in (4, 3, 2): x = self.outputs[str(n)](resize_to(x, level[n].shape[-2:]) + level[n])
-    x = self.head(resize_to(x, level[1].shape[-2:]) + level[1])
-    return resize_to(x, (4*x.shape[-2], 4*x.shape[-1]))
+    return self.head(resize_to(x, level[1].shape[-2:]) + level[1])
+
+@patch
+def decode(self:MSNet, features): # [f1 … f5] -> logits (B, 1, H, W)
+    logits = self.decode_small(features)
+    return resize_to(logits, (4*logits.shape[-2], 4*logits.shape[-1]))
+
+@patch
+def published_outputs(self:MSNet,
+    x # (B, 3, H, W) normalised
+) -> list: # of one, logits (B, 1, H, W)
+    "What the authors' network returns: a size that 32 does not divide is not padded there."
+    return [resize_to(self.decode_small(self.encode(x)), x.shape[-2:])]

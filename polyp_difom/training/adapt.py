@@ -78,7 +78,7 @@ def headroom_line(
     "What there is to teach, in one line; without a student the teacher's score alone."
     score = lambda name: f'{name} {found[name]:.3f}'.replace(' 0.', ' .')
     on = f'on {found["images"]} validation images'
-    if 'student' not in found: return f'{score("teacher")} {on}'
+    if 'student' not in found: return f'{score("teacher")} mDice {on}'
     low, high = (100*end for end in found['ci95'])
     half = f' (at threshold 0.5: {100*found["at_half"]["headroom"]:.1f} points)' if 'at_half' in found else ''
     return f'headroom {100*found["headroom"]:.1f} points of mDice, 95 % in [{low:.1f}, {high:.1f}], {on}: {score("teacher")}, {score("student")}{half}'
@@ -542,6 +542,7 @@ def _tell(out:Path, members:list, pairs:list, student, above:int, device):
     sequences = [sequence_of(pair.image) for pair in pairs]
     found = measure_headroom(*columns[:2], sequences) | dict(at_half=measure_headroom(*columns[2:], sequences))
     print(headroom_line(found))
+    if found.get('headroom', 1) < .01: print('nothing to teach: train it longer (--epochs, --steps), at a larger --size, or take a backbone that knows more')
     named = {name: each for name, each in (('teacher', scores), ('student', theirs)) if each}
     rows = [dict(image=printable(pair.image.name)) | {f'{name}{half}': each[pair][k] for name, each in named.items() for k, half in enumerate(('', '_05'))} for pair in pairs]
     with disk_full_error(out), atomic_path(out/'headroom.json') as path:

@@ -28,7 +28,7 @@ from .losses import OutputLoss, check_outputs, chosen_loss, loss_makers, losses,
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
 import polyp_difom.training.lossnet
-from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
+from .callbacks import Distillation, EncoderFreeze, PhaseSchedule, PublishedDistillation, StepDecay, StopOnDivergence, TargetWatch, adam, dice_score, learner_tensors, load_callback_tensors, log_column, phase_restarts, taught
 from .teaching import HeadroomWatch
 
 # %% ../../nbs/07_training/03_learner.ipynb #12750dca
@@ -120,7 +120,7 @@ _allowed = { # field -> what to give, and whether a value is that
     'epochs': ('three whole numbers, one for each phase, and not 0 for all', lambda v: len(v) == 3 and all(map(is_whole, v)) and sum(v) > 0),
     'batch_size': ('a whole number from 1', lambda v: is_whole(v, 1)),
     'lr': ('a number above 0, as 1e-4', lambda v: is_number(v) and v > 0),
-    'schedule': ('constant, one-cycle or restart', lambda v: v in ('constant', 'one-cycle', 'restart')),
+    'schedule': ('constant, one-cycle, restart or step', lambda v: v in ('constant', 'one-cycle', 'restart', 'step')),
     'labels': ('a share above 0 and up to 1, as 0.2', lambda v: is_number(v) and 0 < v <= 1),
     'select': ('best or last', lambda v: v in ('best', 'last')),
     'valid': ('a share between 0 and 1, as 0.1', lambda v: is_number(v) and 0 < v < 1),
@@ -148,7 +148,7 @@ class TrainConfig:
     epochs:tuple=(40, 40, 40) # of phases I, II and III
     batch_size:int=16 # images a step, of which `ratio` are without labels where there are such frames
     lr:float=1e-4 # of Adam; the peak with `schedule='one-cycle'`
-    schedule:str='constant' # `constant`, `one-cycle` over all phases, or `restart`: one-cycle in each phase
+    schedule:str='constant' # `constant`, `one-cycle` over all phases, `restart`: one-cycle in each phase, or `step`: a tenth after every 30 epochs
     labels:float=1. # share of the training images whose masks are used
     valid:float=0.1 # share of these held out to choose the epoch by, whole sequences at a time
     select:str='best' # the epoch that is kept: best on the validation part, or last
@@ -216,7 +216,7 @@ def _as_tuple(values) -> tuple:
 def fit_phases(self:Learner,
     epochs=(40, 40, 40), # of phases I (segmentation), II (and distillation), III (encoder frozen)
     lr:float=1e-4, # the peak with `one-cycle`
-    schedule:str='constant', # `constant` as in the paper, `one-cycle` over all phases, or `restart`: one-cycle in each phase
+    schedule:str='constant', # `constant` as in the paper, `one-cycle` over all phases, `restart`: one-cycle in each phase, or `step`: a tenth after every 30 epochs
     cbs=(), # more fastai callbacks
     start_epoch:int=0, # the first ones are skipped
     freeze:bool=None # the encoder in phase III; if None a distilled student's only
@@ -224,7 +224,8 @@ def fit_phases(self:Learner,
     "Fit the three phases. Raises `InputError` for a value that cannot be, and if the loss diverges."
     asked = TrainConfig(epochs=epochs, lr=lr, schedule=schedule)
     encoder, freeze = EncoderFreeze(self.dls.valid.dataset[0][0].shape[-1]), hasattr(self, 'distillation') if freeze is None else freeze
-    phases = [PhaseSchedule(asked.epochs), *([encoder] if freeze else []), *([phase_restarts(asked.epochs, asked.lr)] if asked.schedule == 'restart' else [])]
+    rates = {'restart': [phase_restarts(asked.epochs, asked.lr)], 'step': [StepDecay(asked.lr)]}.get(asked.schedule, [])
+    phases = [PhaseSchedule(asked.epochs), *([encoder] if freeze else []), *rates]
     fit = self.fit_one_cycle if asked.schedule == 'one-cycle' else self.fit
     try: fit(sum(asked.epochs), asked.lr, cbs=[*phases, StopOnDivergence(), *cbs], start_epoch=start_epoch)
     finally: encoder.thaw()

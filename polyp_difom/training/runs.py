@@ -83,7 +83,8 @@ def _start_line(dls, epochs:int, done:int) -> str:
     images, count = dls.train.dataset, lambda n, what: f'{n} {what}{"s"*(n != 1)}'
     labelled = getattr(images, 'n_labelled', len(images))
     frames = f', {count(len(images) - labelled, "frame")} without' if len(images) > labelled else ''
-    batches = f'{count(epochs, "epoch")} of {len(dls.train)} batch{"es"*(len(dls.train) != 1)} of {min(dls.train.bs, len(images))}'
+    rest = getattr(dls.train, 'n_unlabelled', 0)
+    batches = f'{count(epochs, "epoch")} of {len(dls.train)} batch{"es"*(len(dls.train) != 1)} of {min(dls.train.bs, len(images))}' + (f' ({dls.train.bs - rest} with masks, {rest} without)' if rest else '')
     return f'{count(labelled, "image")} with masks{frames}, {len(dls.valid.dataset)} for validation; {batches} on {dls.device}' + (f'; {done} done' if done else '')
 
 class ConsoleProgress(Callback):
@@ -410,7 +411,10 @@ def read_log(
     return log
 
 # %% ../../nbs/07_training/04_runs.ipynb #d0862999
-_panels = (['seg', 'valid_loss'], ['l1', 'l2'], ['soft'], ['r2_l1', 'r2_l2'], ['valid_r2_l1', 'mean_r2_l1', 'valid_r2_l2', 'mean_r2_l2'], ['valid_dice', 'teacher_dice'])
+_panels = { # title -> column of the log -> what it is
+    'segmentation loss': dict(seg='training part', valid_loss='validation part'), 'latent loss': dict(l1='L1', l2='L2'), "soft masks' loss": dict(soft='frames without masks'),
+    'R², training part': dict(r2_l1='L1', r2_l2='L2'), 'R², validation part': dict(valid_r2_l1='L1', mean_r2_l1='mean map, L1', valid_r2_l2='L2', mean_r2_l2='mean map, L2'),
+    'validation Dice at 0.5': dict(valid_dice='student', teacher_dice='teacher')}
 
 # %% ../../nbs/07_training/04_runs.ipynb #9dd403ab
 def kept_epoch(log:pd.DataFrame, select:str='best') -> pd.Series:
@@ -422,15 +426,16 @@ def draw_log(
     log:pd.DataFrame # as from `read_log`
 ) -> Figure:
     "Losses, what is learnt from a teacher and its R² on both parts where there are any, and validation Dice, with a dotted line where a phase ends."
-    known = [[name for name in names if name in log] for names in _panels]
-    panels = [names for names in known if names]
-    figure = Figure(figsize=(3*len(panels), 2.2), layout='constrained')
-    for axis, names in zip(figure.subplots(1, len(panels)), panels):
-        log.plot(x='epoch', y=names, ax=axis, marker='.')
-        axis.legend(fontsize=7)
-        for end in log.epoch[log.phase.diff(-1) < 0]: axis.axvline(end + .5, color='gray', ls=':')
+    known = {title: {name: told for name, told in columns.items() if name in log} for title, columns in _panels.items()}
+    panels = {title: columns for title, columns in known.items() if columns}
+    figure, ends = Figure(figsize=(3*len(panels), 2.5), layout='constrained'), log.epoch[log.phase.diff(-1) < 0] + .5
+    for axis, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, told in columns.items(): axis.plot(log.epoch, log[name], marker='.', label=told)
+        for end in ends: axis.axvline(end, color='gray', ls=':', label='end of a phase' if axis is figure.axes[0] and end == ends.iloc[0] else None)
+        axis.set(title=title, xlabel='epoch'); axis.xaxis.get_major_locator().set_params(integer=True)
     best = kept_epoch(log)
-    axis.plot(best.epoch, best.valid_dice, 'o', color='C0', ms=8)
+    axis.plot(best.epoch, best.valid_dice, 'o', color='C0', ms=8, label='kept')
+    for axis in figure.axes: axis.legend(fontsize=7)
     return figure
 
 # %% ../../nbs/07_training/04_runs.ipynb #d2461346

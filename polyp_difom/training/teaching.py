@@ -57,7 +57,7 @@ def after_fit(self:HeadroomWatch):
     if not self.columns or 'teacher_dice' not in self.values: return
     teacher = self.values['teacher_dice']
     if teacher - self.best < self.least:
-        warnings.warn(f'headroom {100*(teacher - self.best):.1f} points: the teacher\'s validation Dice is {teacher:.3f}, the student\'s {self.best:.3f}; '
+        warnings.warn(f'headroom {100*(teacher - self.best):.1f} points at threshold 0.5: the teacher\'s validation Dice is {teacher:.3f}, the student\'s {self.best:.3f}; '
                       'there is nothing to teach, look for a better teacher', NothingToTeach)
 
 # %% ../../nbs/07_training/02a_teaching.ipynb #1ec9e5cb
