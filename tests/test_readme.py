@@ -20,6 +20,7 @@ CHEAPER = {"train('DATA', 'runs/one', student='unet', features='features')":
                "train('DATA', 'runs/one', student='unet', features='features', size=64, epochs=(1, 1, 1), width=4, batch_size=4, device='cpu')",
            "create_student('unet')": "create_student('unet,width=4')", '352': '64', '(40, 40, 40)': '(1, 1, 1)', 'batch_size=8)': "batch_size=4, device='cpu')",
            '--teacher dinov2 --teacher sam': '--teacher filterbank,size=64 --teacher filterbank,levels=2,name=two',
+           'timm/tf_efficientnet_lite0=weights.safetensors': 'timm/mobilenetv2_050=weights.safetensors', '--labels 0.2': '--labels 0.5',
            'timm/mobilenetv2_100=weights.safetensors,pad_type=same,mean=0.502,std=0.502,size=224': 'timm/mobilenetv2_050=weights.safetensors,pad_type=same,mean=0.502,std=0.502,size=64'}
 CHANGED = [text for text in CHEAPER if text not in PAGE]
 
@@ -81,10 +82,11 @@ def test_every_command_runs_in_the_order_of_the_page(folder, polyp_difom, monkey
         words = shlex.split(cheaper(line))[1:]
         if words[0] == 'import': continue # tests/test_parity.py imports checkpoints of these networks
         if words[0] == 'train' and '--resume' not in words: words += SMALL.split()
+        if words[0] == 'adapt': words += '--size 64 --epochs 1 --steps 2 --batch-size 4 --device cpu'.split()
         result = polyp_difom(*words)
         assert result.returncode == 0, (line, result.err)
         ran.append(words[0])
-    assert set(ran) >= {'check', 'extract', 'train', 'evaluate', 'predict', 'export', 'convert'}
+    assert set(ran) >= {'check', 'extract', 'train', 'evaluate', 'predict', 'export', 'convert', 'adapt'}
     assert list((folder/'overlays').rglob('*.png')) and (folder/'polyps.onnx').stat().st_size > 1e4
 
 

@@ -77,7 +77,7 @@ def published(
 def published_cost(
     student:str # registry name
 ) -> tuple: # parameters (millions), operations (10^9); of None where it has none
-    "What the Polyp-DiFoM paper's tables say that a student costs. Operations are multiply-accumulates of most, and two for each of EMCADNet, PVT-CASCADE and CTNet."
+    "What the Polyp-DiFoM paper's tables say that a student costs. Operations are multiply-accumulates for most networks, and twice these for EMCADNet, PVT-CASCADE and CTNet."
     row = published_methods().get(_paper_names.get(student), {})
     return row.get('parameters'), row.get('operations')
 
@@ -89,7 +89,7 @@ def _how_published(report:dict) -> str:
 
 def _network(report:dict) -> str:
     "The student as its options tell it."
-    return ','.join([report['student'], *(f'{name}={value}' for name, value in report.get('options', {}).items() if name != 'pretrained')])
+    return printable(','.join([report['student'], *(f'{name}={value}' for name, value in report.get('options', {}).items() if name != 'pretrained')]))
 
 def report_note(
     report:dict # as from `evaluate`
