@@ -238,7 +238,7 @@ class Design:
     "What is compared with what, and what counts as a claim."
     twin: str = 'undistilled'
     beside: tuple = (('both', 'LFC alone'), ('both', 'HFC alone'), ('all', 'both'), ('all', 'soft masks'), ('soft masks, LFC', 'soft masks'), ('soft masks, HFC', 'soft masks'),
-                     ('soft masks', 'longer training'), ('all', 'longer training'), ('both', 'longer training'), ('all, longer training', 'longer training'), ('all, longer training', 'longest training'), ('all', 'pretrained student'), ('both', 'random-weight teacher'), ('both', 'filter bank'), ('soft masks', 'soft masks, 4 labels a step'), ('soft masks, 4 labels a step', 'undistilled, 4 labels a step'),
+                     ('soft masks', 'longer training'), ('all', 'longer training'), ('both', 'longer training'), ('all, longer training', 'longer training'), ('all, longer training', 'longest training'), ('all', 'pretrained student'), ('soft masks', 'pretrained student'), ('longer training', 'pretrained student'), ('both', 'random-weight teacher'), ('both', 'filter bank'), ('soft masks', 'soft masks, 4 labels a step'), ('soft masks, 4 labels a step', 'undistilled, 4 labels a step'),
                      ('all, 4 labels a step', 'soft masks, 4 labels a step'), ('soft masks, 4 labels a step', 'soft masks, squared Dice'), ('published trainable fusion', 'both'),
                      ('soft masks', 'soft masks with zero weight'), ('all', 'soft masks with zero weight'), ('soft masks', 'shuffled soft masks'), ('soft masks, 4 labels a step', 'shuffled soft masks, 4 labels a step'), ('all', 'shuffled targets'),
                      ('latents and freeze', 'latents and freeze with zero weight')) # arm, and the arm that it adds to

@@ -488,7 +488,7 @@ def summary_lines(
     next_step = (f'score it with: polyp-difom evaluate {shlex.quote(printable(run))} {place}' if (data/'TestDataset').is_dir() else
                  f'score it on frames it has not seen: polyp-difom evaluate {shlex.quote(printable(run))} OTHER-DATA (polyp-difom convert --test 0.2 keeps a part of a folder for that)')
     found = [] if config['best_dice'] >= .001 else [f'note: it finds no polyp in the validation images yet; train it longer or with a higher --lr, and look at the masks (polyp-difom check {place})']
-    return [f'{printable(run)}: best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', *found, next_step]
+    return [f'{printable(run)} (preset {config["settings"]["preset"]}): best epoch {config["best_epoch"]} of {config["finished_epochs"]}, validation Dice {config["best_dice"]:.3f}, {minutes} min {seconds} s', *found, next_step]
 
 # %% ../../nbs/07_training/04_runs.ipynb #2c56c6c5
 @dataclass(frozen=True)
