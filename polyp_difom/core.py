@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['printable', 'InputError', 'name_some', 'is_running', 'atomic_path', 'to_place', 'filesystem', 'read_bytes',
            'bytes_hash', 'file_hash', 'disk_full_error', 'unwritable_error', 'DamagedError', 'damage_error',
-           'memory_error', 'progress', 'parallel_map', 'quiet', 'nearest', 'parse_spec', 'read_options',
+           'memory_error', 'progress', 'parallel_map', 'quiet', 'nearest', 'parse_spec', 'join_spec', 'read_options',
            'check_options', 'is_whole', 'is_number', 'check_number', 'heed_offline', 'hub_error', 'find_device']
 
 # %% ../nbs/00_core.ipynb #d9f0754e
@@ -227,6 +227,12 @@ def parse_spec(
         try: options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError): options[key] = value
     return name, checkpoint or None, options
+
+def join_spec(
+    name:str, options:dict # of a student
+) -> str: # `name[,option=value …]`
+    "What `parse_spec` takes apart."
+    return ','.join([name, *(f'{key}={value}' for key, value in options.items())])
 
 # %% ../nbs/00_core.ipynb #e888b302
 def read_options(

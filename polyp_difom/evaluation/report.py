@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..core import InputError, name_some, atomic_path, disk_full_error, printable
+from ..core import InputError, name_some, atomic_path, disk_full_error, join_spec, printable
 from ..data.sequences import named_sequence
 from ..deploy.predictor import seen_note
 from ..students.blocks import student_registry
@@ -89,7 +89,7 @@ def _how_published(report:dict) -> str:
 
 def _network(report:dict) -> str:
     "The student as its options tell it."
-    return printable(','.join([report['student'], *(f'{name}={value}' for name, value in report.get('options', {}).items() if name != 'pretrained')]))
+    return printable(join_spec(report['student'], {name: value for name, value in report.get('options', {}).items() if name != 'pretrained'}))
 
 def report_note(
     report:dict # as from `evaluate`

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
-from ..core import (InputError, atomic_path, check_number, disk_full_error, file_hash, find_device, name_some, parallel_map, parse_spec, progress,
+from ..core import (InputError, atomic_path, check_number, disk_full_error, file_hash, find_device, join_spec, name_some, parallel_map, parse_spec, progress,
                               printable, read_options)
 
 import numpy as np
@@ -126,8 +126,7 @@ def _train_backbone(data, out:Path, backbone:str, layout:Layout, config:TrainCon
         there = pretrained if isinstance(pretrained, str) and Path(pretrained).is_file() else None # what was begun may do without
         _check_asked(out, dict(student='timm-unet', options=options | weights, layout=asdict(layout)) | vars(config), there)
         return resume(out, data=data, device=device)
-    student = ','.join(['timm-unet', *(f'{name}={value}' for name, value in options.items())])
-    return train(data, out, student, pretrained=pretrained, device=device, **asdict(layout), **vars(config))
+    return train(data, out, join_spec('timm-unet', options), pretrained=pretrained, device=device, **asdict(layout), **vars(config))
 
 # %% ../../nbs/07_training/05_adapt.ipynb #3896af96
 class FeatureDecoder(nn.Module):

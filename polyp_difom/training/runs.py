@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, is_number, name_some, nearest, parallel_map, printable, read_options, to_place, progress
+from ..core import InputError, atomic_path, bytes_hash, check_number, disk_full_error, file_hash, find_device, is_number, join_spec, name_some, nearest, parallel_map, printable, read_options, to_place, progress
 
 import numpy as np
 import pandas as pd
@@ -644,7 +644,7 @@ def _go_on(learn, run, held:dict, config:TrainConfig, others:tuple, data, featur
     "The epochs that are missing; `config.json` tells of each beginning."
     settings, options = held['settings'], held['settings']['options']
     own = {name: value for name, value in options.items() if name in ('width', 'pretrained')}
-    spec = ','.join([held['settings']['student'], *(f'{name}={value}' for name, value in options.items() if name not in own)])
+    spec = join_spec(held['settings']['student'], {name: value for name, value in options.items() if name not in own})
     part = dict(date=time.strftime('%Y-%m-%d %H:%M:%S'), device=_describe(learn.dls.device), versions=_versions(), epochs_before=len(rows))
     write_config(run, held | dict(settings=held['settings'] | dict(epochs=list(config.epochs)), **_places(data, features),
                                    command=_command(data, run, spec if _is_registered(held['settings']['student']) else learn.model.student, features, **_given(settings['preset'], *others[:2], config, others[2]), **own), resumed=[*held.get('resumed', []), part]))
