@@ -12,10 +12,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from polyp_difom.core import InputError
 from polyp_difom.data import images as data_images
 from polyp_difom.data import loaders
+from polyp_difom.data.augment import Augment
 from polyp_difom.data.check import check
 from polyp_difom.data.convert import convert
 from polyp_difom.data.images import Layout, MaskError, Pair, decode_image, list_images, list_pairs, read_image, read_mask, test_sets, train_folder, train_pairs
@@ -559,3 +562,20 @@ def test_import_is_light():
     "Layouts, check and conversion need neither torch nor fastai nor timm."
     code = 'import sys; import polyp_difom.data.convert; print([name for name in ("torch", "fastai", "timm", "matplotlib", "transformers") if name in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+# --- augmentation --------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['paper', 'strong'])
+def test_an_augmentation_moves_masks_targets_and_soft_masks_with_their_image(name):
+    "All of them show the same blobs: bright in the image, 1 in the mask, above 0.5 in what a teacher says."
+    torch.manual_seed(3)
+    blobs = (F.interpolate(torch.rand(16, 1, 5, 5), (64, 64), mode='bicubic') > .6).float()
+    pooled = lambda side: F.interpolate(blobs, (side, side), mode='area').expand(-1, 3, -1, -1).contiguous()
+    image, mask, extras = Augment(64, name, scales=(1.,))(((.1 + .8*blobs).expand(-1, 3, -1, -1).mul(255).byte(), blobs.byte(), dict(low=pooled(8), high=pooled(32), soft=(255*blobs).byte())))
+    assert (mask != blobs).float().mean() > .05, 'something has moved'
+    like = lambda x, side: torch.corrcoef(torch.stack([x.float().mean(1).flatten(), F.interpolate(mask, (side, side), mode='area').flatten()]))[0, 1]
+    assert like(extras['soft'], 64) > .97 and like(extras['high'], 32) > .95 and like(extras['low'], 8) > .9
+    assert like(image, 64) > (.99 if name == 'paper' else .8), 'colours, light and spots change the image alone'
+    flipped = dict(extras, high=extras['high'].flip(-1))
+    assert like(flipped['high'], 32) < .5

@@ -246,6 +246,8 @@ def test_a_balanced_weight_is_a_share_of_the_gradient(data):
             self.seg, self.l1, self.deepest = self.loss_grad, latent_loss(told.outputs[0], told.extras['low']), told.deepest
             norm = lambda loss: torch.autograd.grad(loss, self.deepest, retain_graph=True)[0].norm().item()
             self.found = norm(self.seg), norm(self.l1)
+            self.deepest = told.read[-1] # HFC is learnt elsewhere
+            self.fine = norm(self.seg), norm(latent_loss(told.outputs[1], told.extras['high']))
     class First(Callback):
         run_valid = False
         def after_loss(self):
@@ -253,6 +255,8 @@ def test_a_balanced_weight_is_a_share_of_the_gradient(data):
     learn = fit(learner(data, Distillation((1, .3, .2), soft=.4, balance='gradient'), Norms(), First()), 1)
     seg, l1 = learn.norms.found
     assert learn.first.used['l1']*l1 == pytest.approx(.3*seg, rel=1e-3)
+    seg, l2 = learn.norms.fine
+    assert learn.first.used['l2']*l2 == pytest.approx(.2*seg, rel=1e-3)
     assert set(learn.distillation.ratios) == {'l1', 'l2', 'soft'} and {'weight_l1', 'weight_soft'} <= set(learn.recorder.metric_names)
 
 
@@ -303,6 +307,21 @@ def test_nothing_to_teach_is_told_once(good, data):
     told = [str(w.message) for w in caught if w.category is NothingToTeach]
     assert len(told) == (0 if good else 1) and all(re.match(r'headroom -?\d', line) and '\n' not in line for line in told)
     assert learn.epoch_log.rows[0]['teacher_dice'] == pytest.approx(1 if good else 0, abs=1e-4)
+    assert learn.headroom_watch.best == pytest.approx(max(row['valid_dice'] for row in learn.epoch_log.rows), abs=1e-4)
+
+
+def test_a_student_that_has_caught_up_is_told_apart_from_a_poor_teacher(data):
+    "The student's Dice is made up: .4 in phase I, then .7; the teacher has .69."
+    learn = learner(data, PhaseSchedule((1, 2, 0)), Distillation(soft=1.), HeadroomWatch(), EpochLog())
+    class Made(Callback):
+        order = -4.9 # behind the watch's own sums
+        def after_loss(self):
+            if not self.training: self.learn.headroom_watch.sums = torch.tensor([.69, .4 if self.epoch == 0 else .7 - self.epoch/100, 1.], dtype=torch.double)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        fit(learn, 3, cbs=Made())
+    told, = [str(w.message) for w in caught if w.category is NothingToTeach]
+    assert told.startswith("headroom 0.0 points") and "the student's 0.690; it has caught up since phase I, where it had 0.400: this teacher has no more to teach" in told
 
 
 # --- teachers beside the student -----------------------------------------------------------------------------------------------------------------
@@ -364,6 +383,27 @@ def test_a_resumed_run_is_exact(name, done, data):
     if name == 'ema':
         assert any(k.startswith('callback.ema_teacher.kept.') for k in kept) == (done > 2)
         assert torch.equal(resumed.dls.train.dataset.soft, whole.dls.train.dataset.soft), 'the teacher\'s own again'
+
+
+def test_what_a_distance_draws_changes_no_picture(data):
+    class Keep(Callback):
+        order, run_valid = -7.2, False
+        def before_fit(self): self.seen = []
+        def before_batch(self): self.seen.append(self.x.clone())
+    seen = [fit(learner(data, Distillation(distance=distance), Keep()), 2).keep.seen for distance in ('mse', 'relational')]
+    assert all(torch.equal(one, other) for one, other in zip(*seen))
+
+
+def test_early_averages_forget_the_random_beginning(data):
+    class Keep(Callback):
+        order, run_valid = 99, False
+        def before_fit(self): self.states = [weights(self.learn)]
+        def after_step(self): self.states.append(weights(self.learn))
+    learn = fit(learner(data, Distillation(soft=1.), EMATeacher(refresh=9), Keep()), 2)
+    name = next(name for name, p in learn.model.named_parameters() if p.ndim == 4)
+    average, *states = [state[name] for state in learn.keep.states]
+    for steps, state in enumerate(states, 1): average = average + (state - average)*9/(10 + steps) # 1 - (1 + steps)/(10 + steps)
+    torch.testing.assert_close(learn.ema_teacher.average[name], average, rtol=1e-4, atol=1e-6)
 
 
 def test_an_ema_teacher_changes_what_is_learnt(data):

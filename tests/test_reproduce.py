@@ -10,8 +10,8 @@ from polyp_difom.core import InputError, is_running
 from polyp_difom.data.images import Pair, test_sets as list_sets
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
-from polyp_difom.evaluation.reproduce import Recipe, _check_options, _check_same, _configuration, list_jobs, list_recipes, read_recipe, reproduce
-from polyp_difom.evaluation.statistics import Design
+from polyp_difom.evaluation.reproduce import Recipe, Sources, _check_same, _configuration, _read_options, _train_options, list_jobs, list_recipes, read_recipe, reproduce
+from polyp_difom.training.learner import presets
 
 TINY = Recipe('tiny', 'A tiny grid', seeds=[0, 1], students=['unet,width=4'], twin='undistilled', unlabelled='rest',
               shared=dict(labels=0.5, size=64, epochs=[0, 2, 0], steps=4, batch_size=4, lr=1e-2, schedule='one-cycle', augment='strong', select='last', valid=0.2),
@@ -40,21 +40,46 @@ def grid(data, tmp_path_factory):
 def test_every_arm_of_a_recipe_is_one_that_train_takes(name):
     recipe = read_recipe(name)
     jobs = list_jobs(recipe)
-    for job in jobs: _check_options(job)
+    for job in jobs: _read_options(job)
     assert len({job.place for job in jobs}) == len(jobs) == len(recipe.students)*len(recipe.arms)*len(recipe.seeds)
     if recipe.preset == 'best': assert recipe.twin == 'undistilled'
 
 
-def test_the_arms_of_the_two_questions_are_those_that_the_report_knows():
-    known = {*Design.controls, *Design.rivals, *Design.references, *(name for pair in Design.beside for name in pair), Design.twin}
-    assert not any(Design().claims(arm) for arm in known if 'shuffled' in arm or 'undistilled' in arm or arm in ('longer training', 'longest training'))
-    for name in ('few-labels', 'new-hospital'): assert {*read_recipe(name).arms} - known <= {'soft masks, LFC', 'soft masks, HFC', 'latents and freeze'}
+@pytest.mark.parametrize('name', list_recipes())
+def test_what_cannot_be_the_teachers_gain_claims_none(name):
+    recipe = read_recipe(name)
+    idle = ('undistilled', 'shuffled', 'zero weight', 'random', 'filter bank', 'longer training', 'longest training', 'pretrained', 'labels for all', 'flips alone')
+    for arm in recipe.arms: assert recipe.design.claims(arm) == (not any(word in arm for word in idle) or arm == 'all, longer training'), arm
 
 
-def test_arms_differ_from_their_neighbour_in_the_named_thing():
-    arms = read_recipe('few-labels').arms
-    differ = lambda a, b: {key for key in arms[a] | arms[b] if arms[a].get(key) != arms[b].get(key)}
-    assert differ('all', 'soft masks') == differ('both', 'LFC alone') == differ('both', 'HFC alone') == {'lambdas'}
+def test_a_recipe_says_what_its_arms_are_and_a_wrong_word_is_refused(tmp_path):
+    recipe = replace(TINY, arms={'undistilled': {}, 'all': dict(TINY.arms['all'], beside=['frozen']), 'frozen': dict(freeze=True, role='control')})
+    assert (recipe.design.controls, recipe.design.beside, recipe.design.claims('all'), recipe.design.claims('frozen')) == (('frozen',), (('all', 'frozen'),), True, False)
+    assert not {'role', 'beside'} & {key for job in list_jobs(recipe) for key in _configuration(job, recipe)}
+    for wrong, told in ((dict(role='twin'), 'role twin: choose control, rival, reference'), (dict(beside=['none']), 'beside none: give other arms'), (dict(beside=['undistilled']), 'beside undistilled: give other arms'),
+                        (dict(beside='all'), 'beside all: give a list')):
+        with pytest.raises(InputError, match=told): replace(TINY, arms={'undistilled': {}, 'all': TINY.arms['all'] | wrong})
+    with pytest.raises(InputError, match='undistilled: role is of an arm that is compared with the twin'): replace(TINY, arms={'undistilled': dict(role='control'), 'all': TINY.arms['all']})
+
+
+def test_a_recipe_that_is_like_another_differs_in_what_it_says(tmp_path):
+    known, like = read_recipe('few-labels'), read_recipe('new-hospital')
+    assert known.shared | dict(labels=1.) == like.shared and known.teacher | dict(labels=1.) == like.teacher and {name: arm for name, arm in known.arms.items() if name != 'labels for all'} == like.arms
+    (tmp_path/'own.toml').write_text('title = "Own"\nlike = "small"\nseeds = [7]\n[shared]\nsteps = 3\n[arms.more]\nlr = 1e-3\n')
+    own = read_recipe(tmp_path/'own.toml')
+    assert (own.seeds, own.shared['steps'], own.shared['size'], [*own.arms]) == ([7], 3, 96, [*read_recipe('small').arms, 'more'])
+    for wrong, told in (('like = "smal"', 'like smal: nearest: small'), ('like = "small"\nwithout = ["al"]', 'without al: small has no such arm'), ('like = "small"\nwithout = ["undistilled"]', 'the twin undistilled is none of its arms')):
+        (tmp_path/'own.toml').write_text(f'title = "Own"\n{wrong}\n')
+        with pytest.raises(InputError, match=told): read_recipe(tmp_path/'own.toml')
+
+
+@pytest.mark.parametrize('name', ['few-labels', 'new-hospital'])
+def test_arms_differ_from_their_neighbour_in_the_named_thing(name):
+    recipe = read_recipe(name)
+    arms = {job.arm: _configuration(job, recipe) for job in list_jobs(recipe, seeds=[0], students=['unet,width=8'])}
+    shared = lambda a, b: set(arms[a]) & set(arms[b])
+    differ = lambda a, b: {key for key in shared(a, b) if arms[a][key] != arms[b][key]}
+    assert differ('all', 'soft masks') == differ('both', 'LFC alone') == differ('both', 'HFC alone') == differ('soft masks, LFC', 'soft masks') == differ('soft masks, HFC', 'soft masks') == {'lambdas'}
     assert differ('all', 'both') == {'soft_masks'} and differ('all', 'shuffled targets') == {'shuffled'}
     assert differ('both', 'published trainable fusion') == {'fusion'}
     assert differ('both', 'filter bank') - {'soft_masks'} == differ('both', 'random-weight teacher') - {'soft_masks'} == {'features'}
@@ -63,25 +88,28 @@ def test_arms_differ_from_their_neighbour_in_the_named_thing():
     assert differ('soft masks, 4 labels a step', 'soft masks, squared Dice') == {'soft_loss'}
     assert differ('all, longer training', 'all') == differ('undistilled', 'longer training') == {'steps'} and differ('all, longer training', 'longer training') == differ('all', 'undistilled')
     assert arms['longest training']['steps']*8 == arms['all, longer training']['steps']*arms['all, longer training']['batch_size'] == 2*arms['longer training']['steps']*8 # images in all
-    assert differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
+    assert differ('undistilled', 'pretrained student') == {'student', 'pretrained'} and differ('latents and freeze', 'latents and freeze with zero weight') == {'lambdas'}
+    if 'labels for all' in arms: assert differ('undistilled', 'labels for all') == {'labels', 'valid', 'batch_size'} # as many frames are held out, and come beside the labelled ones
 
 
 @pytest.mark.parametrize('name', list_recipes())
 def test_every_run_of_every_recipe_knows_its_configuration(name):
     recipe = read_recipe(name)
-    for job in list_jobs(recipe): assert _configuration(job, recipe)['student'] == job.options.get('student', job.student)
+    for job in list_jobs(recipe): assert _configuration(job, recipe)['student'] == job.network
 
 
-def test_a_result_knows_the_weights_that_its_preset_chose():
-    "Results of before the preset had its own do not go on with other ones."
+def test_a_result_knows_what_its_preset_chose_and_the_defaults(monkeypatch):
+    "What was made with other ones does not stand in one table with what is made now."
     recipe = replace(TINY, arms={'undistilled': {}, 'all': dict(features='adapted')})
     twin, job = list_jobs(recipe)[0], next(job for job in list_jobs(recipe) if job.arm == 'all')
     now = _configuration(job, recipe)
-    assert now['lambdas'] == [1, .1, .1] and 'lambdas' not in _configuration(twin, recipe)
-    assert _configuration(job, replace(recipe, preset='paper'))['lambdas'] == [.6, .1, .1]
-    before = dict(configuration={key: value for key, value in now.items() if key != 'lambdas'}, data={})
-    with pytest.raises(InputError, match=r'lambdas \[0.6, 0.1, 0.1\] then, \[1.0, 0.1, 0.1\] now'): _check_same('result.json', before, job, recipe, {})
-    _check_same('result.json', dict(configuration=now, data={}), job, recipe, {})
+    assert (now['lambdas'], now['latents'], now['targets']['split'], 'targets' in _configuration(twin, recipe)) == ([1, .1, .1], 'free', 'hard', False)
+    paper = replace(recipe, preset='paper')
+    assert _configuration(list_jobs(paper, arms=['all'])[0], paper)['lambdas'] == [.6, .1, .1]
+    held = dict(configuration=now, data={})
+    _check_same('result.json', held, job, recipe, {})
+    monkeypatch.setitem(presets['best'], 'warm_heads', False)
+    with pytest.raises(InputError, match='warm_heads True then, False now'): _check_same('result.json', held, job, recipe, {})
 
 
 @pytest.mark.parametrize('name', ['few-labels', 'new-hospital', 'small'])
@@ -96,8 +124,8 @@ def test_an_arm_sees_as_many_labels_in_a_step_as_its_twin_or_says_so(name):
 
 def test_a_result_knows_the_batch_that_the_preset_chose():
     recipe = Recipe('own', 'Own', [0], ['unet,width=4'], 'undistilled', unlabelled='rest', shared=dict(size=64), teacher=dict(size=64), arms={'undistilled': {}, 'all': dict(features='adapted', unlabelled=True)})
-    made = {job.arm: _configuration(job, recipe).get('batch_size') for job in list_jobs(recipe)}
-    assert made == {'undistilled': None, 'all': 32}
+    made = {job.arm: _configuration(job, recipe)['batch_size'] for job in list_jobs(recipe)}
+    assert made == {'undistilled': 16, 'all': 32}
 
 
 def test_a_source_that_a_recipe_does_not_use_is_refused(data, tmp_path):
@@ -115,12 +143,38 @@ def test_a_grid_goes_on_where_it_was(grid):
 def test_the_record_holds_the_difference_of_the_dice_of_each_image(grid):
     out, _, _ = grid
     record, images = json.loads((out/'record.json').read_text()), json.loads(gzip.decompress((out/'record.images.json.gz').read_bytes()))
-    assert record['command'].startswith('polyp-difom reproduce tiny ')
+    assert len(record['commands']) == 1 and record['commands'][0].startswith('polyp-difom reproduce tiny ') and "--arms all --arms undistilled --seeds 0 --seeds 1" in record['commands'][0]
     one = record['differences'][0]
     assert {'arm', 'base', 'set', 'difference', 'ci95', 'headroom', 'seeds'} <= {*one}
     dice = {(run['arm'], run['seed']): run['sets'][one['set']] for run in images}
     by_hand = np.mean([dice[one['arm'], seed][image] - dice[one['base'], seed][image] for seed in TINY.seeds for image in dice[one['arm'], seed]])
     assert one['difference'] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_seeds_are_other_runs(grid):
+    "Another seed has other validation images, other weights and other scores."
+    out, _, _ = grid
+    for arm in TINY.arms:
+        runs = [out/'runs/unet-width=4'/arm/f'seed-{seed}' for seed in TINY.seeds]
+        assert [json.loads((run/'config.json').read_text())['settings']['seed'] for run in runs] == TINY.seeds
+        parts = [{row['image'] for row in csv.DictReader((run/'files.csv').open()) if row['part'] != 'train'} for run in runs]
+        scores = [json.loads((out/'results/unet-width=4'/arm/f'seed-{seed}'/'result.json').read_text())['sets'] for seed in TINY.seeds]
+        assert parts[0] and parts[0] != parts[1] and scores[0] != scores[1], arm
+
+
+def test_a_test_image_of_a_further_data_set_among_the_frames_is_refused(data, tmp_path):
+    other = make_synthetic(tmp_path/'other', n_train=4, n_test=2, size=(64, 64), seed=5)
+    for test_set in (other/'TestDataset').iterdir(): test_set.rename(test_set.with_name(f'Other-{test_set.name}'))
+    frames = tmp_path/'frames'
+    shutil.copytree(data/'TrainDataset'/'images', frames)
+    for i, image in enumerate(sorted(frames.iterdir())): image.rename(frames/f'frame{i}{image.suffix}') if i > 26 else image.unlink()
+    tested = next(iter(list_sets(other).values()))[0].image
+    shutil.copy(tested, frames/f'leaked{tested.suffix}')
+    recipe = replace(TINY, unlabelled='frames', shared=TINY.shared | dict(labels=1.))
+    with pytest.raises(InputError, match='leaked'): reproduce(recipe, data, tmp_path/'grid', tests=[other], unlabelled=frames, arms=['all'], seeds=[0], workers=1, **MADE)
+    assert not (tmp_path/'grid').exists(), 'nothing is made before'
+    rest = list_jobs(TINY, arms=['all'])[0]
+    assert _train_options(rest, TINY, Sources(str(data), (str(other),)), tmp_path)['held_out'] == [str(other)], 'nor are they taken from the rest'
 
 
 def test_both_arms_see_the_same_student_and_the_same_labelled_images(grid):

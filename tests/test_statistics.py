@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import wilcoxon
 
 from polyp_difom.core import InputError
 from polyp_difom.data.images import test_sets as sets_of
@@ -16,13 +18,13 @@ from polyp_difom.evaluation.metrics import minmax_map, score_map
 from polyp_difom.data.sequences import named_sequence
 from polyp_difom.evaluation.polyps import RECORD, count_found, detection, image_record
 from polyp_difom.evaluation.report import gains_table, paper_table, published_methods, size_table, write_report
-from polyp_difom.evaluation.statistics import (TOGETHER, Design, bootstrap_means, compare, differences, find_duplicates, group_images, interval, pooled_sets, read_results, read_sequences, seeds_needed,
-                                               summarise, synthetic_results, add_distinct)
+from polyp_difom.evaluation.statistics import (TOGETHER, bootstrap_means, compare, differences, find_duplicates, group_images, interval, pair_scores, pooled_sets, read_results, read_sequences, seeds_needed,
+                                               summarise, synthetic_design, synthetic_results, add_distinct)
 from polyp_difom.evaluation.verdict import judge, verdict
 
 REFERENCE = Path(os.environ.get('POLYP_DIFOM_REFERENCE') or Path(__file__).parents[2]/'shared'/'reference')
 STUDENT = 'unet,width=8'
-DESIGN = Design(draws=400)
+DESIGN = replace(synthetic_design, draws=400)
 SMALL = {'Kvasir': range(30), 'CVC-ColonDB': range(60), 'CVC-300': range(12), 'PolypGen-C6': range(40)}
 
 
@@ -36,6 +38,16 @@ def luck_of(results, runs):
     "Results of which each run is as much better on every image as `runs` says."
     def move(r, by): return r | dict(sets={name: s | dict(images={image: record | dict(mDice=record['mDice'] + by) for image, record in s['images'].items()}) for name, s in r['sets'].items()})
     return [move(r, runs.get((r['arm'], r['seed']), 0)) for r in results]
+
+
+# --- one comparison
+
+def test_wilcoxon_takes_the_mean_of_the_seeds_for_an_image():
+    "Seeds are no further images."
+    results = grid({'soft masks': .01}, seeds=5)
+    ours, theirs = pair_scores(results, 'soft masks', 'undistilled', STUDENT, ['CVC-ColonDB'])
+    found = one(results)
+    assert found['wilcoxon_p'] == pytest.approx(wilcoxon((ours - theirs).to_numpy().mean(0)).pvalue) and found['wins'] + found['losses'] == 60
 
 
 # --- the verdict

@@ -135,6 +135,22 @@ def test_the_best_epoch_is_that_of_the_best_dice(data, tmp_path):
     assert f'best epoch 2 of 3, validation Dice 0.900' in summary_lines(run)[0]
 
 
+def test_the_epoch_is_chosen_among_the_phases_that_distil(data, tmp_path):
+    "The best Dice of all is in phase I, where nothing is distilled yet."
+    epochs = iter((0.9, 0.5, 0.2))
+    class Fixed(Callback):
+        order = 51 # behind the recorder
+        def before_epoch(self): self.dice = next(epochs)
+        def after_epoch(self): self.learn.final_record[self.recorder.metric_names.index('dice_score') - 1] = self.dice
+    kept = {}
+    class Keep(Callback):
+        order = 99
+        def after_epoch(self): kept[self.epoch + 1] = {k: v.clone() for k, v in self.model.state_dict().items()}
+    run = train(data, tmp_path/'run', cbs=[Fixed(), Keep()], **SHORT)
+    best = load_model(run).state_dict()
+    assert all(torch.equal(best[k], kept[2][k]) for k in best) and 'best epoch 2 of 3, validation Dice 0.500' in summary_lines(run)[0]
+
+
 def test_any_callable_is_a_loss_a_metric_a_distance(data, features):
     called = []
     def loss(logits, mask): called.append('loss'); return F.mse_loss(logits, mask)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -22,7 +23,7 @@ from polyp_difom.targets.latent import TargetConfig, paper_targets
 from polyp_difom.targets.soft_masks import SoftMasks
 from polyp_difom.training.adapt import adapt
 from polyp_difom.training.learner import TrainConfig, presets
-from polyp_difom.training.runs import _command, _Frames, read_log, resume, train
+from polyp_difom.training.runs import _command, _Frames, _shuffle, _Signal, read_log, resume, train
 from polyp_difom.weights import read_tensors
 
 SHORT = dict(student='unet,width=4', size=64, epochs=(1, 1, 1), batch_size=4, valid=.25, device='cpu')
@@ -140,6 +141,32 @@ def test_the_rest_are_the_images_whose_masks_are_left_out(data, store, tmp_path)
 
 
 # --- few labels, arms ----------------------------------------------------------------------------------------------------------------------------
+
+def test_a_seed_decides_weights_validation_order_and_shuffle(data, store, frames, tmp_path):
+    "Each of them by itself: what one draws for another is no matter."
+    class Keep(Callback):
+        order = 99
+        def before_fit(self): self.model_begins, self.seeded, self.soft = {k: v.clone() for k, v in self.model.state_dict().items()}, [], self.dls.train.dataset.soft.clone()
+        def before_batch(self): self.training and self.seeded.append(torch.initial_seed())
+    runs = []
+    for i, seed in enumerate((0, 0, 1)):
+        keep = Keep()
+        run = train(data, tmp_path/f'run{i}', features=store, unlabelled=frames, shuffled=True, cbs=[keep], **SHORT | dict(epochs=(0, 1, 0), seed=seed))
+        parts = {row.part: {*rows.image} for row, rows in ((rows.iloc[0], rows) for _, rows in pd.read_csv(run/'files.csv').groupby('part'))}
+        runs.append((keep, parts))
+    (first, ours), (again, same), (other, theirs) = runs
+    alike = lambda a, b: all(torch.equal(a.model_begins[k], b.model_begins[k]) for k in a.model_begins)
+    assert alike(first, again) and not alike(first, other)
+    assert first.seeded == again.seeded and first.seeded[0] != other.seeded[0]
+    assert ours == same and ours != theirs
+    assert torch.equal(first.soft, again.soft) and not torch.equal(first.soft, other.soft)
+
+
+def test_targets_of_other_images_are_drawn_from_the_seed():
+    signal = _Signal(None, torch.arange(20)[:, None], range(20))
+    orders = [_shuffle(signal, seed).soft.flatten().tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == [*range(20)] != orders[0]
+
 
 def test_few_labels_are_the_same_in_both_arms_and_for_every_seed(data, store, tmp_path):
     import pandas as pd

@@ -119,12 +119,16 @@ def report_rows(
     rows = [[name, str(scores['images']), *(cell(scores, key, paper) for key, paper in _columns.items())] for name, scores in report['sets'].items()]
     return [['set', 'images', *_columns], *rows]
 
+def _alignment(rows) -> str: # a letter a column: l or r
+    "Numbers to the right, words to the left."
+    return ''.join('r' if i and all(re.match(r'[+-]?\d|–$', cell) for cell in cells) else 'l' for i, (_, *cells) in enumerate(zip(*rows)))
+
 def markdown_table(
     rows:list # header, then rows of strings
 ) -> str:
     "Rows as a Markdown table, numbers to the right."
     header, *rows = [[printable(cell).replace('|', '\\|') for cell in row] for row in rows]
-    table = [header, ['---'] + ['---:']*(len(header) - 1), *rows]
+    table = [header, [dict(l='---', r='---:')[letter] for letter in _alignment([header, *rows])], *rows]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in table) + '\n'
 
 def report_markdown(
@@ -141,9 +145,9 @@ def latex_table(
 ) -> str:
     "Rows as a LaTeX table in the style of booktabs."
     line = lambda row: ' & '.join(''.join(_latex.get(letter, letter) for letter in cell) for cell in row) + r' \\'
-    header, *rows = map(line, rows)
+    columns, (header, *rows) = _alignment(rows), map(line, rows)
     body = '\n'.join(['\\toprule', header, '\\midrule', *rows, '\\bottomrule'])
-    return f'\\begin{{table}}\n\\caption{{{line([caption])[:-3]}}}\n\\begin{{tabular}}{{l{"r"*header.count(" & ")}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n'
+    return f'\\begin{{table}}\n\\caption{{{line([caption])[:-3]}}}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n'
 
 def csv_table(rows:list) -> str:
     "Rows as CSV."
@@ -228,7 +232,7 @@ def _otherwise(ours, twin) -> str:
     "The options of `train` that an arm does not share with its twin."
     if ... in (ours, twin): return 'differs between seeds'
     if None in (ours, twin): return '–'
-    different = [key for key in twin | ours if ours.get(key) != twin.get(key) and key != 'frames'] # `unlabelled` says it
+    different = [key for key in twin | ours if ours.get(key) != twin.get(key) and (key != 'targets' or key in twin)] # a twin has none
     return ', '.join(_option(key, ours) for key in different) or 'nothing'
 
 def _basis(twin) -> str: # what the others are told beside
@@ -433,7 +437,7 @@ def _png(figure) -> bytes:
 _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
     "The verdict uses intervals that hold for all unseen sets at once with 95 %, and one for these sets together. Each of these tests is wrong in one of twenty cases, and here are {tests} of them, two for each comparison. A share is of the headroom of the arm beside which the difference stands. The interval of a single seed knows the images only, not what another seed would give. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
-    '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. '
+    '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. The figures of wins hold the unseen sets, or all where there is none. '
     'Published rows: U-Net to EMCADNet and "+ Ours" 352 px, 120 epochs, all labels, which ours need not be; the others are of their authors\' own training, sizes and epochs. Em is the maximum of the curve for ours, and not told for theirs. wFm is the weighted F-measure, Sm the structure measure, Em the enhanced alignment measure, MAE the mean absolute error, lower is better; ± is the standard deviation over seeds.')
 
 def _paragraphs(said:str) -> str: return re.sub(r' (?=Arm beside arm:|For reference:|Numbers are )', '\n\n', said)

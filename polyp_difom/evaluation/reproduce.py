@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'list_recipes', 'read_recipe', 'Job', 'list_jobs', 'Sources
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #fd994bbf
 import json, os, platform, re, shlex, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from threading import Thread
@@ -28,7 +28,7 @@ from ..students.blocks import count_params_macs
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
 from ..training.learner import TrainConfig
-from ..training.runs import preset_options, resume, train
+from ..training.runs import check_frames, preset_options, resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
@@ -50,16 +50,28 @@ def _check_names(recipe):
         slugs = [_slug(name) for name in names]
         if twice := [name for name, slug in zip(names, slugs) if slugs.count(slug) > 1]: raise InputError(f'recipe {recipe.name}: {what} {name_some(twice)} would share a folder; rename one')
 
+_roles = ('control', 'rival', 'reference')
+
+def _check_role(recipe, name:str, options:dict):
+    "Raise `InputError` for a role that there is not, and for a comparison with an arm that there is not."
+    wrong = lambda what: InputError(f'recipe {recipe.name}: {name}: {what}')
+    if name in ('shared', recipe.twin) and (given := {'role', 'beside'} & {*options}): raise wrong(f'{given.pop()} is of an arm that is compared with the twin; leave it away')
+    if 'role' in options and options['role'] not in _roles: raise wrong(f'role {options["role"]}: choose {", ".join(_roles)}')
+    others = options.get('beside', [])
+    if not isinstance(others, list): raise wrong(f'beside {others}: give a list of arms')
+    if odd := [one for one in others if one not in recipe.arms or one in (name, recipe.twin)]: raise wrong(f'beside {odd[0]}: give other arms of the recipe; the twin is compared with all')
+
 def _check_arms(recipe):
     "Raise `InputError` for options that an arm cannot have."
     for name, options in dict(shared=recipe.shared, **recipe.arms).items():
         if not isinstance(options, dict): raise InputError(f'recipe {recipe.name}: {name}: {options} is no table of options')
+        _check_role(recipe, name, options)
         if own := {'seed', 'preset'} & {*options}: raise InputError(f'recipe {recipe.name}: {name}: {own.pop()} is of the whole recipe; give seeds = […] or preset = "…" at its top')
         if odd := [key for key in ('student', 'features') if not isinstance(options.get(key, ''), str)]: raise InputError(f'recipe {recipe.name}: {name}: {odd[0]} is {options[odd[0]]}; give text')
         if options.get('unlabelled') and recipe.unlabelled is None: raise InputError(f'recipe {recipe.name}: {name} learns from frames without labels; say which at the top: unlabelled = "rest" or "frames"')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
-_parts = dict(title=str, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
+_parts = dict(title=str, like=str, without=list, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,7 +81,7 @@ class Recipe:
     seeds:list # of whole numbers
     students:list # as for `create_student`
     twin:str # the arm that the others are compared with
-    arms:dict # name -> options of `train` that differ from `shared`, the most important arm first
+    arms:dict # name -> options of `train` that differ from `shared`, the most important arm first, and words of the recipe's own
     shared:dict = field(default_factory=dict) # options of `train` for all arms
     teacher:dict = field(default_factory=dict) # options of `adapt`, if an arm learns from an adapted teacher
     unlabelled:str = None # `rest` of the training frames, or `frames` that the user names
@@ -83,21 +95,39 @@ class Recipe:
         if own := {'data', 'out', 'device', 'features', 'student', 'folds'} & {*self.teacher}: raise InputError(f'recipe {self.name}: teacher: {own.pop()} is not the recipe\'s to choose; leave it away')
         if self.unlabelled not in (None, 'rest', 'frames'): raise InputError(f'recipe {self.name}: unlabelled {self.unlabelled}: choose rest or frames')
 
+    @property
+    def design(self) -> Design: # of the report
+        of = lambda role: tuple(name for name, arm in self.arms.items() if arm.get('role') == role)
+        return Design(self.twin, tuple((name, other) for name, arm in self.arms.items() for other in arm.get('beside', ())), of('control'), of('rival'), of('reference'))
+
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #10aa6633
 def list_recipes() -> list: # of names
     "The recipes of the package."
     return sorted(path.name.removesuffix('.toml') for path in (resources.files('polyp_difom')/'recipes').iterdir() if path.name.endswith('.toml'))
 
+def _packaged(name:str): return resources.files('polyp_difom')/'recipes'/f'{name}.toml'
+
+def _read_told(recipe, file) -> dict:
+    "What a file says, over what the recipe says that it is like. Raises `InputError`."
+    try: told = tomllib.loads(file.read_text())
+    except (ValueError, OSError, RecursionError) as error: raise InputError(f'{recipe}: not readable as TOML ({printable(error)[:120]})') from None
+    if odd := [key for key, value in told.items() if not isinstance(value, _parts.get(key, ()))]: raise InputError(f'{recipe}: {odd[0]} is unknown, or of another kind than in the recipes of the package ({", ".join(_parts)})')
+    like, without = told.pop('like', None), told.pop('without', [])
+    if like is None and not without: return told
+    if like not in list_recipes(): raise InputError(f'{recipe}: like {like}: {nearest(str(like), list_recipes())}')
+    known = _read_told(like, _packaged(like))
+    if odd := [arm for arm in without if arm not in known['arms']]: raise InputError(f'{recipe}: without {odd[0]}: {like} has no such arm')
+    merged = known | {key: known[key] | value if isinstance(value, dict) and key in known else value for key, value in told.items()}
+    return merged | dict(arms={name: arm for name, arm in merged['arms'].items() if name not in without})
+
 def read_recipe(
     recipe # a name of `list_recipes`, or the path of a file like them
 ) -> Recipe:
     "A recipe by name or from a file. Raises `InputError` for one that is missing, or that says what no recipe says."
-    file = Path(recipe) if str(recipe).endswith('.toml') else resources.files('polyp_difom')/'recipes'/f'{recipe}.toml'
+    file = Path(recipe) if str(recipe).endswith('.toml') else _packaged(recipe)
     if not file.is_file(): raise InputError(f'unknown recipe {recipe}; {nearest(str(recipe), list_recipes())}, or give the path of a .toml file')
-    try: told = tomllib.loads(file.read_text())
-    except (ValueError, OSError, RecursionError) as error: raise InputError(f'{recipe}: not readable as TOML ({printable(error)[:120]})') from None
-    wrong = [key for key, value in told.items() if not isinstance(value, _parts.get(key, ()))] + [key for key in ('title', 'seeds', 'students', 'twin', 'arms') if key not in told]
-    if wrong: raise InputError(f'{recipe}: {wrong[0]} is missing, unknown, or of another kind than in the recipes of the package ({", ".join(_parts)})')
+    told = _read_told(recipe, file)
+    if missing := [key for key in ('title', 'seeds', 'students', 'twin', 'arms') if key not in told]: raise InputError(f'{recipe}: {missing[0]} is missing')
     return Recipe(file.name.removesuffix('.toml'), **told)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #d0fca9ac
@@ -107,13 +137,23 @@ class Job:
     student:str # of the row of the table
     arm:str
     seed:int
-    options:dict # of `train`, with the recipe's words `features`, `unlabelled` and `student`
+    network:str # the student that is trained
+    features:str # `adapted`, `random`, `filterbank`, `foundation`, or None
+    frames:bool # does it learn from frames without labels?
+    options:dict # of `train`
 
     @property
     def place(self) -> str: # where its files are, below the grid's folder
         return '/'.join([_slug(self.student), _slug(self.arm), f'seed-{self.seed}'])
 
+    @property
+    def takes_backbone(self) -> bool: # does it begin with the weights of the backbone's file?
+        return self.options.get('pretrained') is True and parse_spec(self.network)[0] == 'timm-unet'
 
+def _job(recipe:Recipe, student:str, arm:str, seed:int) -> Job:
+    told = recipe.shared | recipe.arms[arm]
+    own = {key: told.pop(key, None) for key in ('student', 'features', 'unlabelled', 'role', 'beside')}
+    return Job(student, arm, seed, own['student'] or student, own['features'], bool(own['unlabelled']), told | dict(preset=recipe.preset))
 
 def list_jobs(
     recipe:Recipe,
@@ -124,8 +164,7 @@ def list_jobs(
     for what, some, known in (('students', students, recipe.students), ('arms', arms, [*recipe.arms])):
         if other := [one for one in some or () if one not in known]: raise InputError(f'recipe {recipe.name}: no {what[:-1]} {other[0]}; {nearest(str(other[0]), known)}')
         asked[what] = [one for one in known if not some or one in some]
-    return [Job(student, arm, seed, recipe.shared | recipe.arms[arm] | dict(preset=recipe.preset)) for student in asked['students'] for arm in asked['arms']
-            for seed in (recipe.seeds if seeds is None else seeds)]
+    return [_job(recipe, student, arm, seed) for student in asked['students'] for arm in asked['arms'] for seed in (recipe.seeds if seeds is None else seeds)]
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #63abae54
 @dataclass(frozen=True)
@@ -140,14 +179,17 @@ class Sources:
     maps:tuple = () # folders of the saved maps of further methods
 
     def check(self, recipe:Recipe, jobs:list):
-        words = {job.options['features'] for job in jobs if 'features' in job.options}
+        words = {job.features for job in jobs if job.features}
         if other := words - {*_stores, 'foundation'}: raise InputError(f'recipe {recipe.name}: features {other.pop()}: choose {", ".join(_stores)} or foundation')
-        needs = {name for job in jobs for name in (job.options.get('features'), 'pretrained' if job.options.get('pretrained') is True and 'student' in job.options else None)}
-        if needs & {'adapted', 'random', 'pretrained'} and not self.backbone: raise InputError(f'recipe {recipe.name}: give a pretrained backbone (--backbone timm/NAME=FILE)')
-        if 'foundation' in needs and not self.features: raise InputError(f'recipe {recipe.name}: give the features of foundation models (--features STORE, made by `polyp-difom extract`)')
+        pretrained = [job for job in jobs if job.takes_backbone]
+        if (words & {'adapted', 'random'} or pretrained) and not self.backbone: raise InputError(f'recipe {recipe.name}: give a pretrained backbone (--backbone timm/NAME=FILE)')
+        for job in pretrained:
+            asked, given = parse_spec(job.network)[2].get('backbone'), parse_spec(self.backbone)[0].removeprefix('timm/')
+            if asked not in (None, given): raise InputError(f'recipe {recipe.name}: {job.arm}: its student begins with the weights of {asked}, and --backbone is of {given}; give timm/{asked}=FILE, or leave the arm away (--arms)')
+        if 'foundation' in words and not self.features: raise InputError(f'recipe {recipe.name}: give the features of foundation models (--features STORE, made by `polyp-difom extract`)')
         idle = dict(unlabelled=recipe.unlabelled != 'frames', features=all(arm.get('features') != 'foundation' for arm in recipe.arms.values()))
         if left := [name for name, unused in idle.items() if unused and getattr(self, name)]: raise InputError(f'recipe {recipe.name}: nothing in it uses --{left[0]}; leave it away')
-        if recipe.unlabelled == 'frames' and not self.unlabelled and any(job.options.get('unlabelled') for job in jobs): raise InputError(f'recipe {recipe.name}: give frames without labels (--unlabelled FOLDER)')
+        if recipe.unlabelled == 'frames' and not self.unlabelled and any(job.frames for job in jobs): raise InputError(f'recipe {recipe.name}: give frames without labels (--unlabelled FOLDER)')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #824d5fdb
 def _random_backbone(backbone:str, out:Path) -> str: # specification of a teacher
@@ -170,7 +212,7 @@ def _make_store(name:str, recipe:Recipe, sources:Sources, out:Path, device) -> P
 
 def _prepare(recipe:Recipe, sources:Sources, jobs:list, out:Path, device):
     "Adapt the teacher and fill the stores that the jobs need, one process at a time."
-    needed = {job.options.get('features') for job in jobs} & {*_stores}
+    needed = {job.features for job in jobs} & {*_stores}
     with FileLock(out/'.preparing'):
         if 'adapted' in needed: adapt(sources.data, out/'teacher', sources.backbone, **{key: value for key, value in recipe.teacher.items() if key != 'backbone'}, device=device)
         for name in sorted(needed):
@@ -216,9 +258,8 @@ def _features_hash(place) -> str:
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #2fe14ba0
 def _uses(job:Job, recipe:Recipe) -> set: # of what a run depends on beside the data set
     "Frames, backbone, features."
-    pretrained = job.options.get('pretrained') is True and 'student' in job.options
-    return {name for name, used in dict(frames=job.options.get('unlabelled') and recipe.unlabelled == 'frames', features=job.options.get('features') == 'foundation',
-                                        backbone=job.options.get('features') in ('adapted', 'random') or pretrained).items() if used}
+    return {name for name, used in dict(frames=job.frames and recipe.unlabelled == 'frames', features=job.features == 'foundation',
+                                        backbone=job.features in ('adapted', 'random') or job.takes_backbone).items() if used}
 
 _optional = ('frames', 'backbone', 'features')
 
@@ -254,22 +295,25 @@ def _score_teacher(out:Path, sets:dict, data:dict) -> dict:
     return {name: value for name, value in _read_json(file).items() if name != 'known'}
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #6ec0f5a2
-_EARLIER = dict(lambdas=[.6, .1, .1]) # of distilled arms without their own, in results that do not tell it
-
 def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.json'
 
+def _read_options(job:Job) -> tuple: # TargetConfig, TrainConfig
+    "What `train` makes of a job's options. Raises `InputError` for one that it does not have."
+    own = {key: value for key, value in job.options.items() if key not in ('preset', 'pretrained')}
+    return read_options(preset_options(job.options['preset'], own | dict(unlabelled=job.frames)) | own | dict(seed=job.seed), TargetConfig, TrainConfig)
+
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
-    frames = dict(frames=recipe.unlabelled) if job.options.get('unlabelled') else {}
-    chosen = preset_options(recipe.preset, job.options)
-    batch = dict(batch_size=chosen['batch_size']) if 'batch_size' in chosen else {}
-    weights = dict(lambdas=chosen.get('lambdas', TrainConfig.lambdas)) if 'features' in job.options else {}
-    return json.loads(json.dumps(dict(student=job.student) | batch | weights | job.options | frames | dict(teacher_options=recipe.teacher)))
+    "All that decides what comes of a run, the preset's choices and the defaults among it."
+    targets, training = _read_options(job)
+    made_of = dict(student=job.network, pretrained=job.options.get('pretrained', True), frames=recipe.unlabelled if job.frames else None, features=job.features, teacher=recipe.teacher)
+    how = {name: value for name, value in vars(training).items() if name != 'seed'} | (dict(targets=asdict(targets)) if job.features else {})
+    return json.loads(json.dumps(made_of | how))
 
 def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."
     before, known = held.get('configuration'), held.get('data')
     if not isinstance(before, dict) or not isinstance(known, dict): raise InputError(f'{file}: is damaged; remove it and the run')
-    now, before = _configuration(job, recipe), (_EARLIER if 'features' in before else {}) | before
+    now = _configuration(job, recipe)
     different = [f'{key} {before.get(key)} then, {now.get(key)} now' for key in before | now if before.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
     idle = [name for name in _optional if name not in data or name not in _uses(job, recipe)]
@@ -288,13 +332,10 @@ def _is_done(job:Job, recipe:Recipe, out:Path, data:dict) -> bool:
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #431b5962
 def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     "What `train` is called with."
-    options = dict(job.options)
-    options['student'] = options.get('student', job.student)
-    if features := options.pop('features', None): options['features'] = sources.features if features == 'foundation' else out/'features'/features
-    if options.pop('unlabelled', False): options |= dict(unlabelled='rest' if recipe.unlabelled == 'rest' else sources.unlabelled, held_out=[*sources.tests])
-    if options.get('pretrained') is True and sources.backbone and options['student'].startswith('timm-unet'): options['pretrained'] = parse_spec(sources.backbone)[1]
-    if parse_spec(options['student'])[0] in ('unet', 'unetpp'): options.pop('pretrained', None)
-    return options | dict(seed=job.seed)
+    features = dict(features=sources.features if job.features == 'foundation' else out/'features'/job.features) if job.features else {}
+    frames = dict(unlabelled='rest' if recipe.unlabelled == 'rest' else sources.unlabelled, held_out=[*sources.tests]) if job.frames else {}
+    weights = dict(pretrained=parse_spec(sources.backbone)[1]) if job.takes_backbone else {}
+    return dict(student=job.network) | job.options | features | frames | weights | dict(seed=job.seed)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #3b5a6dd8
 def _check_place(out:Path, record):
@@ -302,10 +343,6 @@ def _check_place(out:Path, record):
     if out.is_dir() and any(out.iterdir()) and not (out/'.preparing').exists(): raise InputError(f'{out}: is a folder of something else; choose another --out')
     if not record or not Path(record).exists(): return
     if Path(record).absolute().is_relative_to(out.absolute()/'results') or not {'verdict', 'differences'} <= _read_json(Path(record)).keys(): raise InputError(f'{record}: holds something else than the record of a grid; choose another --json')
-
-def _check_options(job:Job):
-    "Raise `InputError` for an option that `train` does not have."
-    read_options({key: value for key, value in job.options.items() if key not in ('features', 'unlabelled', 'student', 'preset', 'pretrained')} | dict(seed=job.seed), TargetConfig, TrainConfig)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #ec0f7b91
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
@@ -321,7 +358,7 @@ def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict
     config = json.loads((run/'config.json').read_text())
     result = dict(recipe=recipe.name, title=recipe.title, twin=recipe.twin, student=job.student, arm=job.arm, seed=job.seed, configuration=_configuration(job, recipe), command=config['command'], commit=commit,
                   machine=_machine(find_device(device)) | dict(precision=config['settings']['precision']), fingerprint=config['fingerprints'], data=data, seconds=config['seconds'], scoring_seconds=round(time.perf_counter() - start, 1),
-                  validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets, data) if job.options.get('features') == 'adapted' or recipe.teacher else None, sets=scored)
+                  validation=dict(dice=config['best_dice']), cost=cost, teacher=_score_teacher(out, sets, data) if job.features == 'adapted' or recipe.teacher else None, sets=scored)
     _write_json(_result(job, out), result)
     return result
 
@@ -382,25 +419,31 @@ def reproduce(
     extras, data_known = _extras(sources, sets), _fingerprints(sources, sets)
     _check_place(out, record)
     check_sets(sets)
-    for job in jobs: _check_options(job), _is_done(job, recipe, out, data_known)
+    if sources.unlabelled: check_frames(sources.unlabelled, [pair.image for pairs in sets.values() for pair in pairs])
+    for job in jobs: _read_options(job)
     _grid_results(recipe, out, data_known)
-    for student in dict.fromkeys(job.options.get('student', job.student) for job in jobs): create_student(student, pretrained=False)
-    workers = workers or (os.cpu_count() if device.type == 'cpu' else 1)
+    for network in dict.fromkeys(job.network for job in jobs): create_student(network, pretrained=False)
+    left = [job for job in jobs if not _is_done(job, recipe, out, data_known)]
+    workers = min(workers or (os.cpu_count() if device.type == 'cpu' else 1), max(1, len(left)))
     out.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, sources, jobs, out, device)
     _share_work(out, workers, say, recipe, sources, jobs, out, device, sets, data_known)
     if left := [job for job in jobs if not _result(job, out).exists()]:
         say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
         record = None
-    command = _command(named, sources, out, seeds=seeds, students=students, arms=arms, json=record)
-    return _report(recipe, _grid_results(recipe, out, data_known), out, command, extras, record)
+    results = _grid_results(recipe, out, data_known)
+    return _report(recipe, results, out, _commands(named, sources, out, results, record), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
-def _command(recipe:str, sources:Sources, out:Path, **asked) -> str: # `asked`: some of the recipe's seeds, students and arms, and the record
-    "What makes a grid, or goes on with it."
-    some = [(name, str(value)) for name, values in asked.items() for value in (values if isinstance(values, (list, tuple)) else [values]) if value is not None]
-    options = some + [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
-    return printable(shlex.join(['polyp-difom', 'reproduce', recipe, sources.data, *(word for name, value in options for word in (f'--{name}', value)), '--out', str(out)]))
+def _commands(recipe:str, sources:Sources, out:Path, results:list, record) -> list: # of str
+    "What makes these results, one after another: a command for the arms of a student that have the same seeds."
+    seeds, alike = {}, {}
+    for r in results: seeds.setdefault((r['student'], r['arm']), []).append(r['seed'])
+    for (student, arm), found in seeds.items(): alike.setdefault((student, *sorted(found)), []).append(arm)
+    given = [('test', test) for test in sources.tests] + [('maps', folder) for folder in sources.maps] + [(name, value) for name in ('unlabelled', 'backbone', 'features', 'sequences') if (value := getattr(sources, name))]
+    told = [[('students', student), *(('arms', arm) for arm in arms), *(('seeds', str(seed)) for seed in found)] for (student, *found), arms in alike.items()]
+    if record and told: told[-1] += [('json', str(record))]
+    return [printable(shlex.join(['polyp-difom', 'reproduce', recipe, sources.data, *(word for name, value in some + given for word in (f'--{name}', value)), '--out', str(out)])) for some in told]
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #5e335a7a
 def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
@@ -433,12 +476,12 @@ def _grid_results(recipe:Recipe, out:Path, data:dict) -> list:
     if strange := [r for r, job in zip(results, jobs) if not _is_done(job, recipe, out, data)]: raise InputError(f'{out/"results"}: a result of {strange[0]["arm"]}, seed {strange[0]["seed"]}, is not in its place; remove it')
     return results
 
-def _report(recipe:Recipe, results:list, out:Path, command:str, extras:dict, record) -> dict:
+def _report(recipe:Recipe, results:list, out:Path, commands:list, extras:dict, record) -> dict:
     "The report of what is there, as soon as two arms have a seed in common."
     twins = {(r['student'], r['seed']) for r in results if r['arm'] == recipe.twin}
     if not any(r['arm'] != recipe.twin and (r['student'], r['seed']) in twins for r in results): return dict(verdict=f'nothing to compare yet: no other arm has a seed in common with {recipe.twin}')
-    summary = write_report(results, out/'report', Design(twin=recipe.twin), **extras)
-    if record: write_summary(dict(command=command) | summary, results, record)
+    summary = write_report(results, out/'report', recipe.design, **extras)
+    if record: write_summary(dict(commands=commands) | summary, results, record)
     return summary
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #84490fe1

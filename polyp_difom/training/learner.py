@@ -24,7 +24,7 @@ from ..data.augment import augmentations
 from ..data.images import to_picture
 from ..targets.latent import paper_targets
 from ..model.model import PolypDiFoM, predict as predict_map
-from .losses import OutputLoss, check_outputs, chosen_loss, loss_makers, losses, split_loss
+from .losses import OutputLoss, check_outputs, chosen_loss, loss_makers, losses, matching_soft_loss, split_loss
 import polyp_difom.training.contrastive # each import adds losses of networks
 import polyp_difom.training.boundary
 import polyp_difom.training.lossnet
@@ -161,7 +161,7 @@ class TrainConfig:
     steps:int=None # batches of an epoch; a pass over the labelled images if None
     loss:str=None # segmentation loss, a name of `losses`, `lossnet=FILE`, or any callable; the student's own if None
     mutation:bool=False # for students with side outputs: a loss for every subset of them
-    precision:str=None # bf16 or fp32; the faster on the device if None
+    precision:str=None # bf16 or fp32; the faster on the device for most students if None
     distance:str='mse' # of latents to targets, a name of `latent_losses` or any callable
     lambdas:tuple=(0.6, 0.1, 0.1) # weights of segmentation, L1 and L2 from phase II on
     latents:str='paper' # at the bottleneck, feeding the decoder; or `free`: heads in training only, HFC at the stage that holds it
@@ -175,14 +175,14 @@ class TrainConfig:
     soft_masks:bool=None # learn from an adapted teacher's masks; if None where the store has them
     soft_weight:float=1. # of their loss
     temperature:float=1. # of the soft masks; below 1 sharper
-    soft_loss:str='bce-dice' # the labels' loss; or `bce-dice-squared`, `logit-mse`
+    soft_loss:str=None # of soft masks, a name of `soft_losses`; if None the labels' loss, see `matching_soft_loss`
     soft_on:str='unlabelled' # frames that learn from them, or `all`
     confident:bool=False # weigh soft masks by |2p - 1|
     ratio:float=0.5 # share of a batch without labels, where there are such frames
     live_teacher:str=None # a teacher of masks that looks at the augmented view in every step, as `adapted=FOLDER`
     mixup:float=0. # with it, how frames without labels are blended: of Beta(mixup, mixup)
     refresh:int=0 # every so many epochs soft masks are mixed with those of the student's moving average; 0 for never
-    shuffled:bool=False # targets and soft masks of other images: a control
+    shuffled:bool=False # targets and soft masks in another order, labelled images and frames mixed: a control
 
     def __post_init__(self):
         for name in ('epochs', 'fold', 'scales', 'lambdas'): object.__setattr__(self, name, getattr(self, name) and _as_tuple(getattr(self, name)))
@@ -197,15 +197,16 @@ class TrainConfig:
 # %% ../../nbs/07_training/03_learner.ipynb #d157a11a
 @patch
 def distillation(self:TrainConfig,
-    soft:bool # are there soft masks?
+    soft:bool, # are there soft masks?
+    loss='bce-dice' # of labels: a name of `losses`, or any callable
 ) -> Distillation:
     "The callback of a run."
-    same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'temperature', 'soft_loss', 'soft_on', 'confident')
+    same = ('balance', 'warm_heads', 'ramp', 'supervised_last', 'temperature', 'soft_on', 'confident')
     kind = PublishedDistillation if self.fusion == 'trainable' else Distillation
-    return kind(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., **{name: getattr(self, name) for name in same})
+    return kind(self.lambdas, self.distance, soft=self.soft_weight if soft else 0., soft_loss=self.soft_loss or matching_soft_loss(loss), **{name: getattr(self, name) for name in same})
 
 # %% ../../nbs/07_training/03_learner.ipynb #cf07dca6
-presets = {'paper': paper_targets, 'best': dict(augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False, lambdas=(1., .1, .1))}
+presets = {'paper': paper_targets, 'best': dict(epochs=(8, 112, 0), augment='strong', schedule='one-cycle', lr=1e-3, latents='free', warm_heads=True, freeze=False, lambdas=(1., .1, .1))}
 
 def _as_tuple(values) -> tuple:
     "A list, or whatever numbers come in, as a tuple; what is no list becomes empty, and is refused."

@@ -29,13 +29,13 @@ class HeadroomWatch(TrainColumns):
     name, order, remove_on_fetch = 'headroom_watch', -5, True
     def __init__(self,
         least:float=.01 # headroom in Dice below which there is nothing to teach
-    ): self.least, self.best = least, -1.
+    ): self.least, self.best, self.alone = least, -1., -1. # the student's best Dice, and that of phase I
 
     def before_fit(self):
         self.columns = ('teacher_dice',) if 'soft' in taught(self.dls.valid) else ()
         super().before_fit()
         rows = getattr(getattr(self.learn, 'epoch_log', None), 'rows', ()) # of the epochs before a resumed run
-        self.best = max([row.get('valid_dice', -1.) for row in rows], default=-1.)
+        self.best, self.alone = (max([row.get('valid_dice', -1.) for row in rows if row['phase'] <= last], default=-1.) for last in (3, 1))
 
     def before_validate(self): self.sums = torch.zeros(3, dtype=torch.double) # of Dice, teacher's and student's, and images
     def after_loss(self):
@@ -50,15 +50,16 @@ def after_validate(self:HeadroomWatch):
     if not self.sums[2]: return
     teacher, student = (self.sums[:2]/self.sums[2]).tolist()
     self.values, self.best = dict(teacher_dice=teacher), max(self.best, student)
+    if getattr(self.learn, 'phase', 2) == 1: self.alone = max(self.alone, student)
 
 @patch
 def after_fit(self:HeadroomWatch):
     TrainColumns.after_fit(self)
     if not self.columns or 'teacher_dice' not in self.values: return
     teacher = self.values['teacher_dice']
-    if teacher - self.best < self.least:
-        warnings.warn(f'headroom {100*(teacher - self.best):.1f} points at threshold 0.5: the teacher\'s validation Dice is {teacher:.3f}, the student\'s {self.best:.3f}; '
-                      'there is nothing to teach, look for a better teacher', NothingToTeach)
+    if teacher - self.best >= self.least: return
+    what = f'it has caught up since phase I, where it had {self.alone:.3f}: this teacher has no more to teach' if -1 < self.alone <= teacher - self.least else 'there is nothing to teach, look for a better teacher'
+    warnings.warn(f'headroom {100*(teacher - self.best):.1f} points at threshold 0.5: the teacher\'s validation Dice is {teacher:.3f}, the student\'s {self.best:.3f}; {what}', NothingToTeach)
 
 # %% ../../nbs/07_training/02a_teaching.ipynb #1ec9e5cb
 class EMATeacher(Callback):
