@@ -432,7 +432,7 @@ def _reproduce(
     unlabelled:Annotated[Optional[str], typer.Option(help='Frames without masks, where the recipe needs some.')]=None,
     test:Annotated[Optional[List[str]], typer.Option(help='A further data set to be tested on. May be given several times.')]=None,
     sequences:Annotated[Optional[Path], typer.Option(help='CSV file with the columns image and sequence (or patient), and set where names occur in several: intervals go by these.')]=None,
-    maps:Annotated[Optional[List[Path]], typer.Option(help='Saved 8-bit maps of a further method, a folder for each test set: a row of the tables. May be given several times.')]=None,
+    maps:Annotated[Optional[List[str]], typer.Option(help='Saved 8-bit maps of a further method, a folder for each test set, or [b]NAME=FOLDER[/b]: a row of the tables. May be given several times.')]=None,
     seeds:Annotated[Optional[List[int]], typer.Option(help='Some seeds, instead of the recipe\'s. May be given several times.', min=0)]=None,
     students:Annotated[Optional[List[str]], typer.Option(help='Some of the recipe\'s students. May be given several times.')]=None,
     arms:Annotated[Optional[List[str]], typer.Option(help='Some of its arms. May be given several times.')]=None,

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 from polyp_difom.core import InputError, is_running
-from polyp_difom.data.images import Pair, test_sets as list_sets
+from polyp_difom.data.images import Pair, test_sets as list_sets, train_pairs
 from polyp_difom.data.synthetic import make_synthetic
 from polyp_difom.deploy.predictor import predict_files
 from polyp_difom.evaluation.reproduce import Recipe, Sources, _check_same, _configuration, _read_options, _train_options, list_jobs, list_recipes, read_recipe, reproduce
@@ -236,7 +237,7 @@ def test_a_recipe_that_would_make_something_else_is_refused(change, told):
     with pytest.raises(InputError, match=told): replace(TINY, **change)
 
 
-@pytest.mark.parametrize('change, told', [(dict(sets={}), 'no set'), (dict(data=None), 'damaged'), (dict(configuration=[]), 'damaged'), (dict(arm='wurst'), 'is of unet,width=4, wurst')])
+@pytest.mark.parametrize('change, told', [(dict(sets={}), 'no set'), (dict(data=None), 'damaged'), (dict(configuration=[]), 'its configuration is'), (dict(arm='wurst'), 'is of unet,width=4, wurst')])
 def test_a_result_that_was_tampered_with_is_refused(change, told, grid, data, tmp_path):
     shutil.copytree(grid[0], tmp_path/'grid')
     file = next((tmp_path/'grid').rglob('result.json'))
@@ -292,6 +293,58 @@ def test_training_images_are_no_test_set(data, tmp_path):
     shutil.copytree(data, tmp_path/'data')
     shutil.copytree(data/'TrainDataset', tmp_path/'data'/'TestDataset'/'NewClinic')
     with pytest.raises(InputError, match='NewClinic: 30 of its 30 images are training images'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
+
+
+def test_training_images_that_were_saved_again_are_no_test_set_either(data, tmp_path):
+    place = shutil.copytree(data, tmp_path/'data')/'TestDataset'/'NewClinic'
+    for kind in ('images', 'masks'): (place/kind).mkdir(parents=True)
+    for pair in train_pairs(data)[:6]:
+        Image.open(pair.image).save(place/'images'/f'new-{pair.image.stem}.jpg', quality=90)
+        shutil.copy(pair.mask, place/'masks'/f'new-{pair.mask.name}')
+    with pytest.raises(InputError, match='NewClinic: 6 of its 6 images are training images, or look like one'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
+
+
+def test_a_set_under_two_names_is_one(data, tmp_path):
+    tests = shutil.copytree(data, tmp_path/'data')/'TestDataset'
+    shutil.copytree(next(tests.iterdir()), tests/'Again')
+    with pytest.raises(InputError, match='Again: 6 of its 6 images are in .*, too; take one of them away'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
+
+
+def test_other_weights_in_a_grid_are_refused(grid, data, tmp_path):
+    "Of the backbone by its name and options, of the teacher by its file."
+    shutil.copytree(grid[0], tmp_path/'grid')
+    for backbone in ('timm/mobilenetv2_050,pretrained=False', 'timm/mobilenetv2_035,pretrained=False,width=8'):
+        with pytest.raises(InputError, match='made with other images or weights .backbone'): reproduce(TINY, data, tmp_path/'grid', seeds=[2], arms=['all'], workers=1, **MADE | dict(backbone=backbone))
+    from safetensors.torch import load_file, save_file
+    from safetensors import safe_open
+    file = tmp_path/'grid'/'teacher'/'best.safetensors'
+    with safe_open(file, 'pt') as held: about = held.metadata()
+    save_file({name: t + .01 if t.is_floating_point() else t for name, t in load_file(file).items()}, file, about)
+    with pytest.raises(InputError, match='features/adapted: was made of other weights'): reproduce(TINY, data, tmp_path/'grid', seeds=[2], arms=['all'], workers=1, **MADE)
+
+
+def test_a_run_in_the_place_of_another_is_refused(grid, data, tmp_path):
+    shutil.copytree(grid[0], tmp_path/'grid')
+    for folder, name in (('runs', 'seed-{}'), ('begun', 'seed-{}.json')):
+        place = tmp_path/'grid'/folder/'unet-width=4'/'all'
+        (shutil.copytree if folder == 'runs' else shutil.copy)(place/name.format(1), place/name.format(2))
+    with pytest.raises(InputError, match='is the run of unet-width=4/all/seed-1, with seed 1; remove it'): reproduce(TINY, data, tmp_path/'grid', seeds=[2], arms=['all'], workers=1, **MADE)
+
+
+@pytest.mark.parametrize('change, told', [(dict(preset='wurst'), 'recipe tiny: unknown preset wurst; nearest: best'), (dict(arms={'undistilled': {}, 'all': TINY.arms['all'] | dict(unlabelled='no')}), "all: unlabelled 'no': give true or false"),
+                                          (dict(arms={'undistilled': dict(ratio=.3), 'all': TINY.arms['all']}), 'arm undistilled: ratio: without features'), (dict(shared=TINY.shared | dict(lrr=1)), 'arm undistilled: unknown option lrr; nearest: lr'),
+                                          (dict(seen=[3]), 'seen: 3 is no name')], ids=str)
+def test_a_fault_in_a_recipe_is_told_before_anything_is_made(change, told, data, tmp_path):
+    with pytest.raises(InputError, match=told): reproduce(replace(TINY, **change), data, tmp_path/'grid', workers=1, **MADE)
+    assert not (tmp_path/'grid').exists()
+
+
+def test_a_record_that_cannot_be_written_and_maps_of_one_name_are_told_first(data, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='cannot be written .*choose another --json'): reproduce(TINY, data, tmp_path/'grid', record=tmp_path/'file'/'r.json', workers=1, **MADE)
+    for folder in ('a', 'b'): (tmp_path/folder/'Own').mkdir(parents=True)
+    with pytest.raises(InputError, match='two methods of one name'): reproduce(TINY, data, tmp_path/'grid', maps=[str(tmp_path/'a'/'Own'), str(tmp_path/'b'/'Own')], workers=1, **MADE)
+    assert not (tmp_path/'grid').exists()
 
 
 def test_one_image_is_a_set(data):

@@ -18,7 +18,7 @@ from polyp_difom.evaluation.metrics import minmax_map, score_map
 from polyp_difom.data.sequences import named_sequence
 from polyp_difom.evaluation.polyps import RECORD, count_found, detection, image_record
 from polyp_difom.evaluation.report import gains_table, paper_table, published_methods, size_table, write_report
-from polyp_difom.evaluation.statistics import (TOGETHER, bootstrap_means, compare, differences, find_duplicates, group_images, interval, pair_scores, pooled_sets, read_results, read_sequences, seeds_needed,
+from polyp_difom.evaluation.statistics import (TOGETHER, bootstrap_means, compare, differences, find_duplicates, group_images, interval, pair_scores, pooled_sets, read_results, read_sequences, seeds_needed, is_unseen,
                                                summarise, synthetic_design, synthetic_results, add_distinct)
 from polyp_difom.evaluation.verdict import judge, verdict
 
@@ -100,6 +100,26 @@ def test_an_arm_is_told_beside_its_control():
     "Both gain: the control's own gain may be too noisy to tell, the difference between them tells."
     assert '"soft masks" is ahead of the control "shuffled soft masks" (' in verdict(grid({'soft masks': .08, 'shuffled soft masks': 0}, noise=.02), DESIGN)
     assert '"soft masks" is not ahead of the control "shuffled soft masks" by more than noise (' in verdict(grid({'soft masks': .05, 'shuffled soft masks': .05}), DESIGN)
+
+
+def test_a_set_of_a_few_images_claims_nothing_and_is_noted(tmp_path):
+    results = synthetic_results({'soft masks': .1}, noise=.01, teacher=.2, sets={'Kvasir': range(30), 'PolypGen-C6': range(4)})
+    assert judged(results)['gains'] == [] and 'gains from' not in verdict(results, DESIGN)
+    assert 'PolypGen-C6: 4 independent images or sequences are too few for a claim of its own.' in write_report(results, tmp_path/'report', DESIGN)['notes']
+    assert judged(synthetic_results({'soft masks': .1}, noise=.01, teacher=.2, sets={'Kvasir': range(30), 'PolypGen-C6': range(5)}))['gains']
+
+
+@pytest.mark.parametrize('name, unseen', [('Kvasir-SEG', False), ('kvasir', False), ('ClinicDB', False), ('cvc_clinicdb', False), ('CVC-ColonDB', True), ('ETIS', True), ('Own', True)])
+def test_a_set_is_unseen_by_its_name_however_it_is_written(name, unseen):
+    assert is_unseen(name, [name]) == unseen and is_unseen(name, [name], replace(DESIGN, seen=('Own',))) == (name != 'Own')
+    assert not is_unseen('CVC-300', ['CVC-300', 'colondb'])
+
+
+def test_images_that_are_said_to_be_of_one_patient_are_noted(tmp_path):
+    results = grid({'soft masks': .05})
+    known = {'Kvasir': {f'{n}.png': 'p' for n in SMALL['Kvasir']}}
+    noted = lambda sequences: [note for note in write_report(results, tmp_path/'report', DESIGN, sequences)['notes'] if 'of one sequence' in note]
+    assert [note.split(':')[0] for note in noted(known)] == ['Kvasir'] and noted({'Kvasir': known['Kvasir'] | {'0.png': 'q'}}) == noted(None) == []
 
 
 def test_what_an_arm_adds_to_another_is_measured_against_that_one():
@@ -197,7 +217,7 @@ def test_the_interval_of_seeds_alone_is_student_s(seeds, quantile):
 @pytest.mark.parametrize('sign', [-1, 1])
 def test_a_difference_of_the_sets_together_is_told_either_way(sign):
     "Nothing can be told on a set alone; together it can."
-    entry = dict(arm='both', base='undistilled', student=STUDENT, seeds=3, headroom=.1, difference=.025*sign)
+    entry = dict(arm='both', base='undistilled', student=STUDENT, seeds=3, groups=60, headroom=.1, difference=.025*sign)
     alone = [entry | dict(set=name, ci_claim=[.025*sign - .04, .025*sign + .04]) for name in ('CVC-ColonDB', 'PolypGen-C6')]
     found = judge([*alone, entry | dict(set=TOGETHER, ci_claim=[.025*sign - .015, .025*sign + .015])], DESIGN)[0]
     assert (found['helps'], found['harms']) == (sign > 0, sign < 0)
@@ -293,6 +313,25 @@ def test_results_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
     with pytest.raises(InputError, match='same arm, student and seed'): read_results(tmp_path)
     (tmp_path/'b/result.json').write_text('{')
     with pytest.raises(InputError, match='b/result.json'): read_results(tmp_path)
+
+
+@pytest.mark.parametrize('change, told', [(dict(seed='0'), "its seed is '0'"), (dict(arm=3), "its arm is '3'"), (dict(student=None), "its student is 'None'"), (dict(seconds='fast'), "its seconds is 'fast'"), (dict(cost=[1]), "its cost is"),
+                                          ('Dice_05', 'no scores'), ('area', 'no scores')], ids=str)
+def test_a_result_whose_fields_are_none_is_refused(change, told, tmp_path):
+    result = grid({'a': 0}, seeds=1)[0]
+    scored = result['sets']['Kvasir']
+    if change == 'Dice_05': scored['scores']['Dice_05'] = 7
+    elif change == 'area': next(iter(scored['images'].values()))['area'] = 5.
+    else: result |= change
+    (tmp_path/'result.json').write_text(json.dumps(result))
+    with pytest.raises(InputError, match=told): read_results(tmp_path)
+
+
+def test_results_of_two_data_sets_are_not_compared(tmp_path):
+    for i, r in enumerate(grid({'a': 0}, seeds=1)):
+        (tmp_path/str(i)).mkdir()
+        (tmp_path/str(i)/'result.json').write_text(json.dumps(r | dict(data={'Kvasir': f'hash {i}'}, recipe=f'recipe {i}')))
+    with pytest.raises(InputError, match='were scored on other images or masks of Kvasir'): read_results(tmp_path)
 
 
 def _spoil(path, value):

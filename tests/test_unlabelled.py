@@ -23,6 +23,7 @@ from polyp_difom.targets.latent import TargetConfig, paper_targets
 from polyp_difom.targets.soft_masks import SoftMasks
 from polyp_difom.training.adapt import adapt
 from polyp_difom.training.learner import TrainConfig, presets
+from polyp_difom.training.losses import soft_losses
 from polyp_difom.training.runs import _command, _Frames, _shuffle, _Signal, read_log, resume, train
 from polyp_difom.weights import read_tensors
 
@@ -277,7 +278,7 @@ def test_a_preset_is_what_is_not_given_otherwise(data, features, tmp_path):
     assert [run['preset'] for run in (paper, best, own)] == ['paper', 'best', 'best']
     assert (paper['augment'], paper['schedule'], paper['lr'], paper['latents'], paper['freeze'], paper['lambdas']) == ('paper', 'constant', 1e-4, 'paper', None, [.6, .1, .1])
     assert {name: paper['targets'][name] for name in paper_targets} == paper_targets
-    assert {name: best[name] for name in presets['best']} == presets['best'] | dict(lambdas=[1, .1, .1])
+    assert {name: best[name] for name in presets['best']} == presets['best'] | dict(lambdas=[1, .1, .1], epochs=[1, 1, 1]), 'all but what was given'
     assert (own['lr'], own['latents'], own['augment']) == (5e-4, 'paper', 'strong')
     with pytest.raises(InputError, match='unknown preset papr; nearest: paper'): train(data, tmp_path/'run', preset='papr', **SHORT)
 
@@ -379,3 +380,36 @@ def test_soft_masks_without_frames_to_learn_them_on_are_refused_before_training(
     with pytest.raises(InputError, match='there are none; give some'): train(data, tmp_path/'run', features=store, temperature=.5, **SHORT)
     assert not (tmp_path/'run').exists()
     train(data, tmp_path/'off', features=store, soft_masks=False, **SHORT)
+
+
+IDLE = [(dict(held_out=['x']), 'held_out: says whose images'), (dict(soft_masks=False, temperature=.5), 'temperature: is of soft masks'), (dict(soft_masks=False, soft_weight=2.), 'soft_weight: is of soft masks'),
+        (dict(refresh=3), 'refresh 3: comes after the last of 3 epochs'), (dict(latents='paper', high_at='encoder'), 'high_at: is of free latents'), (dict(features=None, soft_loss='logit-mse'), 'soft_loss: without features')]
+
+
+@pytest.mark.parametrize('options, told', IDLE, ids=str)
+def test_an_option_that_does_nothing_is_refused(options, told, data, store, tmp_path):
+    with pytest.raises(InputError, match=told): train(data, tmp_path/'run', **dict(features=store) | SHORT | options)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_teacher_that_was_trained_on_test_images_is_refused(data, adapted, tmp_path):
+    "By whom it was stored is no matter."
+    leak = shutil.copytree(data, tmp_path/'leak')
+    for pair in next(iter(sets_of(data).values())):
+        shutil.copy(pair.image, leak/'TrainDataset'/'images'/f'more-{pair.image.name}')
+        shutil.copy(pair.mask, leak/'TrainDataset'/'masks'/f'more-{pair.mask.name}')
+    teacher = adapt(leak, tmp_path/'teacher', backbone='timm/test_efficientnet,pretrained=False,width=8', size=64, epochs=1, steps=2, batch_size=4, device='cpu')
+    extract(data, [f'adapted={teacher}'], tmp_path/'store', device='cpu')
+    with pytest.raises(InputError, match=r'teacher adapted was trained on \d+ of the \d+ test images'): train(data, tmp_path/'run', features=tmp_path/'store', **SHORT)
+
+
+def test_a_decoder_that_is_scored_on_what_its_teacher_learnt_is_warned_of(data, store, tmp_path):
+    options = dict(size=64, epochs=1, steps=2, batch_size=4, device='cpu')
+    with pytest.warns(UserWarning, match='images that are scored are among those that a teacher of the store was trained on'): adapt(data, tmp_path/'other', features=store, valid=.4, seed=3, **options)
+
+
+@pytest.mark.parametrize('student, asked, taken', [('unet,width=4', None, 'bce-dice'), ('emcadnet,backbone=pvt_v2_b0', None, 'structure'), ('emcadnet,backbone=pvt_v2_b0', 'logit-mse', 'logit-mse')])
+def test_soft_masks_are_learnt_with_the_labels_loss(student, asked, taken, data, store, frames, tmp_path):
+    look = Look()
+    train(data, tmp_path/'run', features=store, unlabelled=frames, pretrained=False, cbs=[look], **SHORT | dict(student=student, epochs=(0, 1, 0), steps=1, soft_loss=asked))
+    assert look.kept.distillation.soft_loss is soft_losses[taken]

@@ -223,7 +223,7 @@ def find_test_images(
     frames:list, # paths of pictures to train on
     tests:list # paths of test images
 ) -> list: # of (frame, test image)
-    "Frames that are test images, as the same picture or nearly so, turned and mirrored ones among them. Raises `InputError` for a picture that cannot be read."
+    "Frames that are test images, as the same picture or nearly so: saved again, resized, brighter, mirrored, turned by a quarter; not with more than about a hundredth of the sides cut off. Raises `InputError` for a picture that cannot be read."
     if not (frames and tests): return []
     frames, tests = _look_at(frames), _look_at(tests)
     ours, theirs = (np.stack([one.bits for one in part.values()]) for part in (frames, tests))

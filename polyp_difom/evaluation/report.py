@@ -344,7 +344,7 @@ def set_notes(
         images = next(r['sets'][name]['images'] for r in results if name in r['sets'])
         free = sum(not record['area'] for record in images.values())
         known = (trained_on or {}).get(name)
-        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{known} of {len(images)} are training images, so its scores flatter' if known else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
+        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{known} of {len(images)} are training images, or look like one, so its scores flatter' if known else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
         notes += [f'{name}: {text}.' for text in told if text]
     return notes
 
@@ -437,18 +437,27 @@ def _png(figure) -> bytes:
 _how = (
     'Differences are paired by image and seed, in points of {metric}. Intervals: {draws} bootstrap draws of images, with Student\'s t for the seeds; images are drawn by video sequence where it is known, and else those together that look alike, where that was looked at. '
     "The verdict uses intervals that hold for all unseen sets at once with 95 %, and one for these sets together. Each of these tests is wrong in one of twenty cases, and here are {tests} of them, two for each comparison. A share is of the headroom of the arm beside which the difference stands. The interval of a single seed knows the images only, not what another seed would give. Wilcoxon's p takes images for independent. A claim takes {seeds} seeds; "
-    '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. The figures of wins hold the unseen sets, or all where there is none. '
+    '"seeds needed" is for a paired t-test that finds the difference in 4 of 5 cases at 5 %. The figures of wins hold the unseen sets, or all where there is none. Unseen is a set whose name does not begin as {seen}; a recipe can say others with seen = […]. '
     'Published rows: U-Net to EMCADNet and "+ Ours" 352 px, 120 epochs, all labels, which ours need not be; the others are of their authors\' own training, sizes and epochs. Em is the maximum of the curve for ours, and not told for theirs. wFm is the weighted F-measure, Sm the structure measure, Em the enhanced alignment measure, MAE the mean absolute error, lower is better; ± is the standard deviation over seeds.')
 
 def _paragraphs(said:str) -> str: return re.sub(r' (?=Arm beside arm:|For reference:|Numbers are )', '\n\n', said)
 
 def _markdown(said, tables, notes, figures, design, tests:int) -> str:
-    how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, tests=tests)
+    how = _how.format(metric=design.metric, draws=design.draws, seeds=design.seeds, tests=tests, seen=' or '.join(design.seen))
     parts = [_paragraphs(said), '\n'.join(f'- {note}' for note in notes), how, *(f'![{name}]({name})' for name in figures),
              *(f'## {title}\n\n{markdown_table(rows)}' for title, (_, rows) in tables.items())]
     return '\n\n'.join(filter(None, parts))
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #367ec392
+def _more_notes(results, found, design, sequences, others) -> list: # of str
+    "What to know of intervals, and of saved maps."
+    groups = {e['set']: e['groups'] for e in found}
+    notes = [f'{name}: {groups[name]} independent images or sequences are too few for a claim of its own.' for name in unseen_sets(results, design) if groups.get(name, design.groups) < design.groups]
+    images = {name: next(r['sets'][name]['images'] for r in results if name in r['sets']) for name in set_names(results)}
+    given = {name: {**(sequences or {}).get(None, {}), **(sequences or {}).get(name, {})} for name in images}
+    notes += [f'{name}: all its images are of one sequence, so they are drawn one by one, and nothing is said of other patients.' for name, of in images.items() if len(of) > 1 and len({given[name].get(image) for image in of} - {None}) == 1 and {*of} <= {*given[name]}]
+    return notes + [f'{row["method"]}, {name}: {scores["resized"]} of {scores["images"]} maps were resized to their masks.' for row in others for name, scores in row['sets'].items() if scores.get('resized')]
+
 def write_report(
     results:list, # as from `read_results`
     out, # folder
@@ -460,7 +469,8 @@ def write_report(
 ) -> dict: # the summary, with `verdict` and `notes`
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)
-    said, notes, tables = verdict_of(summary['differences'], design), set_notes(results, duplicates, trained_on, design.twin), _tables(kept, summary, others, design)
+    said, tables = verdict_of(summary['differences'], design), _tables(kept, summary, others, design)
+    notes = set_notes(results, duplicates, trained_on, design.twin) + _more_notes(results, summary['differences'], design, sequences, others)
     tests = 2*len({(e['student'], e['arm'], e['base']) for e in summary['differences'] if e['base'] != design.twin or e['arm'] not in design.references})
     figures = {name: _png(figure) for name, figure in _figures(kept, summary['differences'], design).items()}
     files = {f'{stem}.csv': csv_table(rows).encode() for stem, rows in tables.values()} | figures

@@ -14,12 +14,13 @@ from pathlib import Path
 from threading import Thread
 
 from .. import __version__
-from ..core import InputError, atomic_path, bytes_hash, file_hash, find_device, is_whole, name_some, nearest, parallel_map, parse_spec, printable, read_options
+from ..core import InputError, atomic_path, bytes_hash, file_hash, find_device, is_whole, name_some, join_spec, nearest, parallel_map, parse_spec, printable, read_options
 
 import torch
 from filelock import FileLock, Timeout
 
 from ..weights import save_tensors
+from ..data.check import find_test_images
 from ..data.images import list_images, test_sets, train_pairs
 from ..data.loaders import fingerprint
 from ..features.extract import extract
@@ -27,12 +28,13 @@ from ..features.store import FeatureStore
 from ..students.blocks import count_params_macs
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
-from ..training.learner import TrainConfig
-from ..training.runs import check_frames, preset_options, resume, train
+from ..training.learner import TrainConfig, presets
+from ..training.runs import check_frames, check_options, preset_options, resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
-from .report import row_from_maps, write_report
+from .methods import score_methods
+from .report import write_report
 from .statistics import Design, find_duplicates, group_alike, group_images, read_result, read_results, read_sequences, write_summary
 
 if sys.version_info >= (3, 11): import tomllib
@@ -68,10 +70,11 @@ def _check_arms(recipe):
         _check_role(recipe, name, options)
         if own := {'seed', 'preset'} & {*options}: raise InputError(f'recipe {recipe.name}: {name}: {own.pop()} is of the whole recipe; give seeds = […] or preset = "…" at its top')
         if odd := [key for key in ('student', 'features') if not isinstance(options.get(key, ''), str)]: raise InputError(f'recipe {recipe.name}: {name}: {odd[0]} is {options[odd[0]]}; give text')
+        if not isinstance(options.get('unlabelled', False), bool): raise InputError(f'recipe {recipe.name}: {name}: unlabelled {options["unlabelled"]!r}: give true or false; which frames, the recipe says at its top')
         if options.get('unlabelled') and recipe.unlabelled is None: raise InputError(f'recipe {recipe.name}: {name} learns from frames without labels; say which at the top: unlabelled = "rest" or "frames"')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #abaec2d8
-_parts = dict(title=str, like=str, without=list, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
+_parts = dict(title=str, like=str, without=list, seen=list, seeds=list, students=list, twin=str, unlabelled=str, preset=str, shared=dict, teacher=dict, arms=dict)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -86,6 +89,7 @@ class Recipe:
     teacher:dict = field(default_factory=dict) # options of `adapt`, if an arm learns from an adapted teacher
     unlabelled:str = None # `rest` of the training frames, or `frames` that the user names
     preset:str = 'best' # of `train`
+    seen:list = field(default_factory=lambda: [*Design.seen]) # how the names of sets begin that training images are of
 
     def __post_init__(self):
         _check_names(self)
@@ -94,11 +98,13 @@ class Recipe:
         if not self.seeds or not all(map(is_whole, self.seeds)): raise InputError(f'recipe {self.name}: seeds {self.seeds}: give whole numbers from 0')
         if own := {'data', 'out', 'device', 'features', 'student', 'folds'} & {*self.teacher}: raise InputError(f'recipe {self.name}: teacher: {own.pop()} is not the recipe\'s to choose; leave it away')
         if self.unlabelled not in (None, 'rest', 'frames'): raise InputError(f'recipe {self.name}: unlabelled {self.unlabelled}: choose rest or frames')
+        if self.preset not in presets: raise InputError(f'recipe {self.name}: unknown preset {self.preset}; {nearest(str(self.preset), presets)}')
+        if odd := [name for name in self.seen if not isinstance(name, str) or not name]: raise InputError(f'recipe {self.name}: seen: {odd[0]!r} is no name of a set')
 
     @property
     def design(self) -> Design: # of the report
         of = lambda role: tuple(name for name, arm in self.arms.items() if arm.get('role') == role)
-        return Design(self.twin, tuple((name, other) for name, arm in self.arms.items() for other in arm.get('beside', ())), of('control'), of('rival'), of('reference'))
+        return Design(self.twin, tuple((name, other) for name, arm in self.arms.items() for other in arm.get('beside', ())), of('control'), of('rival'), of('reference'), tuple(self.seen))
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #10aa6633
 def list_recipes() -> list: # of names
@@ -176,7 +182,7 @@ class Sources:
     backbone:str = None # `timm/NAME=FILE`, for the adapted teacher and the pretrained student
     features:str = None # store of foundation models
     sequences:str = None # CSV file that says which images belong together
-    maps:tuple = () # folders of the saved maps of further methods
+    maps:tuple = () # folders of the saved maps of further methods, or NAME=FOLDER
 
     def check(self, recipe:Recipe, jobs:list):
         words = {job.features for job in jobs if job.features}
@@ -217,7 +223,10 @@ def _prepare(recipe:Recipe, sources:Sources, jobs:list, out:Path, device):
         if 'adapted' in needed: adapt(sources.data, out/'teacher', sources.backbone, **{key: value for key, value in recipe.teacher.items() if key != 'backbone'}, device=device)
         for name in sorted(needed):
             done, images = out/'features'/f'{name}.done', 'training images' + ' and frames'*bool(sources.unlabelled)
-            if not done.exists() or images not in done.read_text(): _make_store(name, recipe, sources, out, device); done.write_text(images)
+            known = dict(adapted=lambda: file_hash(out/'teacher'/'best.safetensors').hex(), random=lambda: _backbone_known_by(sources.backbone), filterbank=lambda: name)[name]()
+            before, _, of = done.read_text().partition(' of ') if done.exists() else (images, '', known)
+            if of != known: raise InputError(f'{out/"features"/name}: was made of other weights than the grid has now; put them back, or choose another --out')
+            if not done.exists() or images not in before: _make_store(name, recipe, sources, out, device); done.write_text(f'{images} of {known}')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #10f2244e
 def _commit() -> str:
@@ -246,9 +255,13 @@ def _fingerprints(sources:Sources, sets:dict) -> dict: # part -> what its images
     "What a result depends on beside its options."
     found = {name: fingerprint(pairs) for name, pairs in (sets | {'training images': train_pairs(sources.data)}).items()}
     if sources.unlabelled: found['frames'] = bytes_hash(b''.join(sorted(parallel_map(file_hash, list_images(sources.unlabelled), 'reading')))).hex()
-    file = parse_spec(sources.backbone)[1] if sources.backbone else None
     if sources.features: found['features'] = _features_hash(sources.features)
-    return found | ({'backbone': file_hash(file).hex()} if file else {})
+    return found | ({'backbone': _backbone_known_by(sources.backbone)} if sources.backbone else {})
+
+def _backbone_known_by(spec:str) -> str:
+    "Its name and options, and the hash of its file where there is one."
+    name, file, options = parse_spec(spec)
+    return ' '.join([join_spec(name, options), *([file_hash(file).hex()] if file else [])])
 
 def _features_hash(place) -> str:
     "What the teachers of a store were. Raises `InputError` where there is none."
@@ -300,7 +313,11 @@ def _result(job:Job, out:Path) -> Path: return out/'results'/job.place/'result.j
 def _read_options(job:Job) -> tuple: # TargetConfig, TrainConfig
     "What `train` makes of a job's options. Raises `InputError` for one that it does not have."
     own = {key: value for key, value in job.options.items() if key not in ('preset', 'pretrained')}
-    return read_options(preset_options(job.options['preset'], own | dict(unlabelled=job.frames)) | own | dict(seed=job.seed), TargetConfig, TrainConfig)
+    try:
+        targets, training = read_options(preset_options(job.options['preset'], own | dict(unlabelled=job.frames)) | own | dict(seed=job.seed), TargetConfig, TrainConfig)
+        check_options(training, job.features, 'frames' if job.frames else None)
+    except InputError as error: raise InputError(f'arm {job.arm}: {error}') from None
+    return targets, training
 
 def _configuration(job:Job, recipe:Recipe) -> dict: # of JSON's kinds
     "All that decides what comes of a run, the preset's choices and the defaults among it."
@@ -338,18 +355,32 @@ def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     return dict(student=job.network) | job.options | features | frames | weights | dict(seed=job.seed)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #3b5a6dd8
+def _check_writable(record:Path):
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(record.with_suffix('.writable')): pass
+        record.with_suffix('.writable').unlink()
+    except OSError as error: raise InputError(f'{record}: cannot be written ({error.strerror}); choose another --json') from None
+
 def _check_place(out:Path, record):
     "Raise `InputError` for a folder of something else, and for a record in the place of something else."
     if out.is_dir() and any(out.iterdir()) and not (out/'.preparing').exists(): raise InputError(f'{out}: is a folder of something else; choose another --out')
-    if not record or not Path(record).exists(): return
+    if not record: return
+    if not Path(record).exists(): return _check_writable(Path(record))
     if Path(record).absolute().is_relative_to(out.absolute()/'results') or not {'verdict', 'differences'} <= _read_json(Path(record)).keys(): raise InputError(f'{record}: holds something else than the record of a grid; choose another --json')
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #ec0f7b91
+def _check_begun(run:Path, begun:Path, job:Job, recipe:Recipe, data:dict):
+    "Raise `InputError` where a run that is to go on is of another job."
+    held, seed = _read_json(begun), _read_json(run/'config.json').get('settings', {}).get('seed')
+    if held.get('place') != job.place or seed != job.seed: raise InputError(f'{run}: is the run of {held.get("place")}, with seed {seed}; remove it and {begun}')
+    _check_same(begun, held, job, recipe, data)
+
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
     "Train, or go on; score; write the result."
     run, begun, commit = out/'runs'/job.place, out/'begun'/f'{job.place}.json', _commit()
-    if (run/'last.safetensors').exists(): _check_same(begun, _read_json(begun), job, recipe, data)
-    else: _write_json(begun, dict(configuration=_configuration(job, recipe), data=data))
+    if (run/'last.safetensors').exists(): _check_begun(run, begun, job, recipe, data)
+    else: _write_json(begun, dict(place=job.place, configuration=_configuration(job, recipe), data=data))
     if (run/'last.safetensors').exists(): resume(run, device=device)
     else: train(sources.data, run, **_train_options(job, recipe, sources, out), device=device)
     start = time.perf_counter()
@@ -405,7 +436,7 @@ def reproduce(
     device=None, # the fastest there is if None
     workers:int=None, # processes; one for each core on a CPU, else one
     sequences=None, # CSV file that says which images belong together, see `read_sequences`
-    maps=(), # folders of saved maps, one for each method that is known by them alone: rows of the tables
+    maps=(), # folders of saved maps, or `NAME=FOLDER`, one for each method that is known by them alone: rows of the tables
     record=None, # JSON file for the summary, with the Dice of every image in NAME.images.json.gz beside it
     say=print # what hears of each finished run
 ) -> dict: # summary of all results, see `write_report`; `verdict` alone where there is nothing to compare yet
@@ -431,8 +462,9 @@ def reproduce(
     if left := [job for job in jobs if not _result(job, out).exists()]:
         say(f'{len(left)} of {len(jobs)} runs are being made by another process; run the command again when it is done' + (f', {record} is not written' if record else ''))
         record = None
-    results = _grid_results(recipe, out, data_known)
-    return _report(recipe, results, out, _commands(named, sources, out, results, record), extras, record)
+    with FileLock(out/'.reporting'):
+        results = _grid_results(recipe, out, data_known)
+        return _report(recipe, results, out, _commands(named, sources, out, results, record), extras, record)
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #cd92f821
 def _commands(recipe:str, sources:Sources, out:Path, results:list, record) -> list: # of str
@@ -451,19 +483,26 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
     return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
 
-def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images
+def _check_apart(sets:dict):
+    "Raise `InputError` for a set that is mostly of the images of another one."
+    hashes = {name: {*parallel_map(file_hash, [pair.image for pair in pairs], 'reading')} for name, pairs in sets.items()}
+    for name, ours in hashes.items():
+        for other, theirs in hashes.items():
+            if other != name and (common := len(ours & theirs)) > len(ours)/2: raise InputError(f'{name}: {common} of its {len(ours)} images are in {other}, too; take one of them away')
+
+def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images, or look like one
     "Raises `InputError` for a set that is mostly of training images."
-    hashes = lambda pairs: parallel_map(file_hash, [pair.image for pair in pairs], 'reading')
-    seen = {*hashes(train_pairs(sources.data))}
-    found = {name: sum(one in seen for one in hashes(pairs)) for name, pairs in sets.items()}
-    if mostly := [name for name, n in found.items() if n > len(sets[name])/2]: raise InputError(f'{mostly[0]}: {found[mostly[0]]} of its {len(sets[mostly[0]])} images are training images, so it is no test set; take it away')
+    trained = [pair.image for pair in train_pairs(sources.data)]
+    found = {name: len(find_test_images([pair.image for pair in pairs], trained)) for name, pairs in sets.items()}
+    if mostly := [name for name, n in found.items() if n > len(sets[name])/2]: raise InputError(f'{mostly[0]}: {found[mostly[0]]} of its {len(sets[mostly[0]])} images are training images, or look like one, so it is no test set; take it away')
     return found
 
 def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others, trained_on: as `write_report` takes them
     "What the report tells beside the runs. Raises `InputError`."
     known = read_sequences(sources.sequences) if sources.sequences else {}
     if sources.sequences and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
-    others = [row_from_maps(folder, [sources.data, *sources.tests]) for folder in sources.maps]
+    _check_apart(sets)
+    others = score_methods(sources.maps, [sources.data, *sources.tests])
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
     return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others, trained_on=_trained_on(sources, sets))
 

@@ -10,7 +10,7 @@ __all__ = ['DISTINCT', 'synthetic_design', 'TOGETHER', 'synthetic_results', 'rea
            'write_summary']
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #2802e21e
-import gzip, json
+import gzip, json, re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -256,6 +256,7 @@ class Design:
     seen: tuple = ('Kvasir', 'CVC-ClinicDB') # sets that training images are of
     headroom: float = .03 # sets with less have nothing to teach
     seeds: int = 3 # that a claim takes
+    groups: int = 5 # independent images or sequences that a set needs for a claim of its own
     metric: str = 'mDice'
     draws: int = 4000
 
@@ -279,13 +280,15 @@ def set_names(results:list) -> list: # in the order of the results
     "All sets that were scored."
     return list(dict.fromkeys(name for r in results for name in r['sets']))
 
+def _plain(name:str) -> str: return re.sub('[^a-z0-9]', '', name.casefold()).removeprefix('cvc') # Kvasir-SEG begins as Kvasir, ClinicDB is CVC-ClinicDB
+
 def is_unseen(
     name:str, names, # of a set, of all sets
     design:Design=Design()
 ) -> bool: # False for a set that is a part of another one
-    "Whether a set is of other hospitals than the training images, and independent of the other sets."
-    part = name.endswith(DISTINCT) or name.startswith('CVC-300') and any(other.startswith('CVC-ColonDB') for other in names)
-    return not part and name not in (*design.seen, TOGETHER)
+    "Whether a set is of other hospitals than the training images, as far as its name tells, and independent of the other sets."
+    part = name.endswith(DISTINCT) or _plain(name).startswith('300') and any(_plain(other).startswith('colondb') for other in names)
+    return not part and name != TOGETHER and not _plain(name).startswith(tuple(map(_plain, design.seen)))
 
 def unseen_sets(
     results:list, design:Design=Design()
@@ -359,8 +362,9 @@ def _set_fault(scored) -> bool:
     "Whether the scores of a set are none, or not those of its images."
     images = scored.get('images') if isinstance(scored, dict) else None
     if not isinstance(images, dict) or not images or not is_number(_score_of(scored), 0, 1): return True
-    keys = ('mDice', 'Dice_05', 'area', 'polyps', 'found', 'false')
-    if not all(isinstance(record, dict) and all(is_number(record.get(key), 0) for key in keys) and record['mDice'] <= 1 for record in images.values()): return True
+    if not all(is_number(value, 0, np.inf if key in ('images', 'empty') else 1) for key, value in scored['scores'].items()): return True
+    shares, counts = ('mDice', 'Dice_05', 'area'), ('polyps', 'found', 'false')
+    if not all(isinstance(record, dict) and all(is_number(record.get(key), 0, 1) for key in shares) and all(is_number(record.get(key), 0) for key in counts) for record in images.values()): return True
     return abs(np.mean([record['mDice'] for record in images.values()]) - _score_of(scored)) > 1e-4
 
 _NEEDED = ('arm', 'student', 'seed', 'sets')
@@ -372,6 +376,8 @@ def read_result(
     try: result = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error: raise InputError(f'{file}: no result in it ({error}); remove it and run it again') from None
     if not isinstance(result, dict) or (missing := [key for key in _NEEDED if key not in result]): raise InputError(f'{file}: no {name_some(missing if isinstance(result, dict) else _NEEDED)} in it; remove it and run it again')
+    kinds = dict(arm=str, student=str, seed=int, seconds=(int, float), cost=dict, configuration=dict, data=dict)
+    if odd := [key for key, kind in kinds.items() if result.get(key) is not None and not isinstance(result[key], kind) or key in _NEEDED and result[key] is None]: raise InputError(f'{file}: its {odd[0]} is {str(result[odd[0]])[:40]!r}; remove it and run it again')
     taught = result.get('teacher') or {}
     parts = {'sets': result['sets']} | ({'the teacher': taught.get('sets') if isinstance(taught, dict) else None} if taught else {})
     for what, sets in parts.items():
@@ -383,14 +389,17 @@ def read_result(
 def read_results(
     folder # in which, or below which, runs left `result.json`
 ) -> list: # of dict, sorted by path
-    "The results of a grid. Raises `InputError` if there are none, one cannot be read, or two are of the same run."
+    "The results of a grid. Raises `InputError` if there are none, one cannot be read, two are of the same run, or two were scored on other images of a set."
     files = sorted(Path(folder).glob('**/result.json'))
     if not files: raise InputError(f'{folder}: no result.json in it or below it')
-    results, seen = [read_result(file) for file in files], {}
+    results, seen, of_set = [read_result(file) for file in files], {}, {}
     for file, r in zip(files, results):
-        key = r.get('recipe'), r['arm'], r['student'], r['seed']
+        key = r['arm'], r['student'], r['seed']
         if key in seen: raise InputError(f'{file} and {seen[key]} are of the same arm, student and seed; remove one')
         seen[key] = file
+        for name in {*r['sets']} & {*(r.get('data') or {})}:
+            first, known = of_set.setdefault(name, (file, r['data'][name]))
+            if known != r['data'][name]: raise InputError(f'{file} and {first} were scored on other images or masks of {name}; keep those of one data set')
     return results
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #5b2c2a51

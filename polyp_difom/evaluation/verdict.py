@@ -29,9 +29,9 @@ def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, b
     roomy = _with_headroom(unseen, design)
     looked_at = roomy or unseen
     together = next((e for e in entries if e['set'] == TOGETHER), None)
-    gains = [e for e in looked_at if _above(e['ci_claim'][0])]
+    gains = [e for e in looked_at if _above(e['ci_claim'][0]) and e['groups'] >= design.groups]
     losses = [e for e in entries if _above(-e['ci_claim'][1]) and (e in unseen or e is together or e['set'] in design.seen)]
-    helps = bool(gains) or bool(together and _above(together['ci_claim'][0]))
+    helps = bool(gains) or bool(together and _above(together['ci_claim'][0]) and together['groups'] >= design.groups)
     seeds = min(e['seeds'] for e in entries)
     return {key: first[key] for key in ('arm', 'base', 'student')} | dict(seeds=seeds, enough=seeds >= design.seeds, helps=helps, harms=bool(losses), gains=gains, losses=losses,
                                                                          looked_at=looked_at, roomy=bool(roomy), together=together)

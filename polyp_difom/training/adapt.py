@@ -7,7 +7,7 @@ __all__ = ['threshold_dice', 'measure_headroom', 'headroom_line', 'FeatureDecode
            'FoldedTeacher', 'adapted_teacher', 'adapt']
 
 # %% ../../nbs/07_training/05_adapt.ipynb #82d86aa0
-import copy, json, time
+import copy, json, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -38,7 +38,7 @@ from ..targets.projection import resize
 from ..teachers.base import Teacher, register_teacher
 from ..teachers.registry import create_teacher
 from ..model.config import make_fitting
-from ..model.model import load_model, predict_logits, to_map
+from ..model.model import check_map, load_model, predict_logits, to_map
 from .losses import OutputLoss
 from .callbacks import EpochLog, EpochSeed, StopOnDivergence, adam, dice_score
 from .learner import TrainConfig, load_learner_tensors
@@ -435,6 +435,7 @@ def _score(
     def both(pair):
         mask = torch.from_numpy(read_mask(pair.mask, above))
         probability = to_map(predict(pair.image), mask.shape)
+        check_map(probability.numpy(), pair.image)
         return threshold_dice(probability.numpy(), mask.numpy()), dice_score(probability[None, None] - .5, mask[None, None]).item()
     return {pair: both(pair) for pair in progress(pairs, 'scoring')}
 
@@ -500,6 +501,7 @@ def adapt(
     out, device = Path(out), find_device(device)
     make, predictor = _maker(data, out, backbone, features, teacher, layout, config, width, device)
     pairs, members = _members(data, out, layout, config, folds, student)
+    if features: _warn_of_seen(FeatureStore(features), teacher, pairs)
     for folder, fold, _ in members: make(folder, fold)
     _tell(out, [(predictor(folder), part) for folder, _, part in members], pairs, student, layout.mask_above, device)
     return out
@@ -517,6 +519,12 @@ def _maker(data, out:Path, backbone, features, teacher, layout, config, width, d
     _specs(FeatureStore(features), teacher)
     return ((lambda folder, fold: _train_decoder(data, folder, features, teacher, layout, _with_fold(config, fold), width, device)),
             partial(_decoder_logits, features=features, device=device))
+
+def _warn_of_seen(store, teacher, pairs:list):
+    "Warn where a stored teacher was trained on images that the decoder is scored on."
+    learned = {digest for name in _specs(store, teacher) for digest in store.array(name).attrs.get('learned_from', ())}
+    if seen := sum(file_hash(pair.image).hex() in learned for pair in pairs):
+        warnings.warn(f'{store.path}: {seen} of {len(pairs)} images that are scored are among those that a teacher of the store was trained on, so the score and the headroom are too high')
 
 def _with_fold(config:TrainConfig, fold) -> TrainConfig: return TrainConfig(**vars(config) | dict(fold=fold))
 

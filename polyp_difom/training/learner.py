@@ -43,7 +43,7 @@ def _check_parts(dls, model, distill):
     if held and not distill: raise InputError('the training part has targets that nothing learns from; give distill=Distillation(), or no targets')
     if with_targets and not model.distilled: raise InputError("distill: the model has no latents; make it with PolypDiFoM(student, latents='free')")
     if distill and model.distilled and not with_targets: raise InputError('distill: the training part has no targets; make it with PolypDataset(pairs, size, build_targets(…))')
-    if distill and not (held or distill.soft): raise InputError('distill: the training part has neither targets nor soft masks; make it with PolypDataset(pairs, size, targets, soft=…)')
+    if distill and not (held or distill.soft): raise InputError('distill: nothing is learnt from the teacher: there are neither targets nor soft masks; give weights to L1 or L2 (--lambdas), or soft masks (--soft-masks; in a loop of your own PolypDataset(pairs, size, targets, soft=…))')
 
 # %% ../../nbs/07_training/03_learner.ipynb #21cd5d3a
 def _check_metrics(metrics):

@@ -238,6 +238,14 @@ def _soft_masks(store, images:tuple, teacher, size:int) -> list: # of the traini
         warnings.warn(f'{store.path}: {seen} of {len(valid)} validation images are among those that teacher {valid.teacher} was trained on, so its Dice there and the headroom are too high; adapt with the same labels, valid and seed, or with --folds')
     return [soft.at(size), valid.at(size)]
 
+def _check_teachers(store, asked, tests:list):
+    "Raise `InputError` for a teacher that was trained on test images."
+    learned = {name: {*store.array(name).attrs.get('learned_from', ())} for name in store.check_teachers(asked)}
+    if not any(learned.values()): return
+    hashes = [digest.hex() for digest in parallel_map(file_hash, tests, 'reading')]
+    for name, seen in learned.items():
+        if known := sum(digest in seen for digest in hashes): raise InputError(f'{store.path}: teacher {name} was trained on {known} of the {len(tests)} test images; adapt it on training images alone')
+
 def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
     "Targets where latents learn them, soft masks where a teacher in the store gives them."
     hashes = [parallel_map(file_hash, part, 'reading') for part in images]
@@ -268,6 +276,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     if min(config.batch_size, len(train_part)) == 1: _check_single(model, config.size)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
+    if store: _check_teachers(store, target_config.teacher, _forbidden(data, layout, [], frames.held_out))
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
     if config.fusion == 'trainable' and model.distilled: model.teacher_fusion = TrainableFusion(signals[0].targets.channels, model.latents.channels)
     parts = [PolypDataset(pairs, config.size, signal.targets, config.allow_empty, layout.mask_above, others, signal.soft)
@@ -524,10 +533,23 @@ def _open_run(out:Path, learn, data, features, settings:dict, command:str, devic
     write_files(out, learn)
 
 # %% ../../nbs/07_training/04_runs.ipynb #799d0682
-def _check_idle(config:TrainConfig):
-    "Raise `InputError` for an option that does nothing without a teacher."
-    idle = [name for name in ('shuffled', 'confident', 'temperature', 'ratio', 'refresh', 'ramp') if getattr(config, name) != getattr(TrainConfig, name)]
-    if idle: raise InputError(f'{idle[0]}: without features there is no teacher that it could change; give a feature store (--features), or leave it away')
+def check_options(
+    config:TrainConfig,
+    features, # a store, or what stands for one; None where there is none
+    unlabelled, # frames, or what stands for them; None where there are none
+    held_out=() # further data sets
+):
+    "Raise `InputError` for an option that does nothing beside the others."
+    taught = bool(features or config.live_teacher)
+    idle = lambda names: [name for name in names if getattr(config, name) != getattr(TrainConfig, name)]
+    if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
+    if config.soft_masks and not taught: raise InputError('soft_masks: without features there are none; give the store of an adapted teacher (--features)')
+    if unlabelled is not None and not taught: raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
+    if held_out and unlabelled is None: raise InputError('held_out: says whose images must not be among the frames without labels, and there are no frames; give some (--unlabelled FRAMES), or leave it away')
+    if not taught and (left := idle(('shuffled', 'confident', 'temperature', 'ratio', 'refresh', 'ramp', 'soft_loss', 'soft_weight', 'soft_on'))): raise InputError(f'{left[0]}: without features there is no teacher that it could change; give a feature store (--features), or leave it away')
+    if config.soft_masks is False and (left := idle(('confident', 'temperature', 'soft_loss', 'soft_weight', 'soft_on', 'refresh'))): raise InputError(f'{left[0]}: is of soft masks, and soft_masks is False; leave one of them away')
+    if config.refresh >= sum(config.epochs) > 0 and config.refresh: raise InputError(f'refresh {config.refresh}: comes after the last of {sum(config.epochs)} epochs; give fewer')
+    if config.latents == 'paper' and config.high_at != TrainConfig.high_at: raise InputError("high_at: is of free latents, and these are the paper's; leave it away, or give latents='free' (--latents free)")
 
 # %% ../../nbs/07_training/04_runs.ipynb #92723067
 def train(
@@ -551,11 +573,8 @@ def train(
     layout, target_config, config, own, frames = read_options(preset_options(preset, options | dict(unlabelled=unlabelled)) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
-    if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
-    if config.soft_masks and not (features or config.live_teacher): raise InputError('soft_masks: without features there are none; give the store of an adapted teacher (--features)')
-    if frames.unlabelled is not None and not (features or config.live_teacher): raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
-    if not (features or config.live_teacher): _check_idle(config)
-    elif not any(config.epochs[1:]): warnings.warn('phases II and III have no epochs, so nothing is distilled: give them some, as epochs=(10, 20, 10)')
+    check_options(config, features, frames.unlabelled, frames.held_out)
+    if (features or config.live_teacher) and not any(config.epochs[1:]): warnings.warn('phases II and III have no epochs, so nothing is distilled: give them some, as epochs=(10, 20, 10)')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
     changed = _given(preset, layout, target_config, config, frames) | own.given() | ({} if device is None else dict(device=str(device)))
