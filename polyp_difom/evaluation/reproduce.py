@@ -35,7 +35,7 @@ from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
 from .methods import score_methods
 from .report import write_report
-from .statistics import Design, find_duplicates, group_alike, group_images, read_result, read_results, read_sequences, write_summary
+from .statistics import Design, find_duplicates, group_alike, group_images, is_unseen, read_result, read_results, read_sequences, write_summary
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -450,6 +450,7 @@ def reproduce(
     extras, data_known = _extras(sources, sets), _fingerprints(sources, sets)
     _check_place(out, record)
     check_sets(sets)
+    _check_apart(sets, recipe.design)
     if sources.unlabelled: check_frames(sources.unlabelled, [pair.image for pairs in sets.values() for pair in pairs])
     for job in jobs: _read_options(job)
     _grid_results(recipe, out, data_known)
@@ -483,12 +484,13 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
     def unknown(name, images): return not {*images} & {*known.get(None, {}), *known.get(name, {})} and len(set(group_images(name, images))) == len(images)
     return {name: group_alike([pair.image for pair in pairs]) for name, pairs in sets.items() if unknown(name, [pair.image.name for pair in pairs])}
 
-def _check_apart(sets:dict):
-    "Raise `InputError` for a set that is mostly of the images of another one."
+def _check_apart(sets:dict, design:Design):
+    "Raise `InputError` for an unseen set that is mostly of the images of another one; CVC-300 is known to be of CVC-ColonDB."
     hashes = {name: {*parallel_map(file_hash, [pair.image for pair in pairs], 'reading')} for name, pairs in sets.items()}
-    for name, ours in hashes.items():
-        for other, theirs in hashes.items():
-            if other != name and (common := len(ours & theirs)) > len(ours)/2: raise InputError(f'{name}: {common} of its {len(ours)} images are in {other}, too; take one of them away')
+    for name in [name for name in sets if is_unseen(name, sets, design)]:
+        for other in sets:
+            common, whole = len(hashes[name] & hashes[other]), len(hashes[name])
+            if other != name and common > whole/2: raise InputError(f'{name}: {common} of its {whole} images are in {other}, too; take one of them away')
 
 def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images, or look like one
     "Raises `InputError` for a set that is mostly of training images."
@@ -501,7 +503,6 @@ def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others
     "What the report tells beside the runs. Raises `InputError`."
     known = read_sequences(sources.sequences) if sources.sequences else {}
     if sources.sequences and not any({pair.image.name for pair in pairs} & {*known.get(None, {}), *known.get(name, {})} for name, pairs in sets.items()): raise InputError(f'{sources.sequences}: names none of the test images')
-    _check_apart(sets)
     others = score_methods(sources.maps, [sources.data, *sources.tests])
     duplicates = {name: found for name, pairs in sets.items() if (found := find_duplicates([pair.image for pair in pairs]))}
     return dict(sequences=_alike(sets, known) | known, duplicates=duplicates, others=others, trained_on=_trained_on(sources, sets))
