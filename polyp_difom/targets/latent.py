@@ -256,10 +256,11 @@ def __getitem__(self:TargetStore, i:int) -> tuple: # LFC (C, h, w), HFC (C, h', 
 # %% ../../nbs/05_targets/03_latent.ipynb #c71ca621
 @patch
 def of(self:TargetStore,
-    images:list # paths
+    images:list, # paths
+    hashes:list=None # of the images; read from them if None
 ) -> TargetStore:
     "The targets of other images that were made along with these. Raises `InputError` for one that was not."
-    return TargetStore(self.path, images)
+    return TargetStore(self.path, images, hashes=hashes)
 
 # %% ../../nbs/05_targets/03_latent.ipynb #0a652a2d
 @patch

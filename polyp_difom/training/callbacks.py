@@ -211,8 +211,8 @@ def after_loss(self:Distillation):
         self.align()
         terms = self.terms()
     for name, value in dict(seg=self.loss_grad, **terms).items(): self.sums[name].append(value.detach())
-    if warm: self.add(1, {name: term for name, term in terms.items() if name in self.pairs})
-    if learns: self.add(self.lambdas[0], terms)
+    if warm: self.weigh(1, {name: term for name, term in terms.items() if name in self.pairs})
+    if learns: self.weigh(self.lambdas[0], terms)
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #cee6ede4
 @patch
@@ -224,7 +224,7 @@ def weights(self:Distillation) -> dict: # name -> weight at this step
     return {name: share*weight*self.ratios.get(name, 1.) for name, weight in dict(l1=self.lambdas[1], l2=self.lambdas[2], soft=self.soft).items()}
 
 @patch
-def add(self:Distillation,
+def weigh(self:Distillation,
     seg:float, # weight of L_seg
     terms:dict # name -> scalar
 ):
@@ -357,12 +357,12 @@ class TargetWatch(TrainColumns):
     def after_loss(self):
         told, sums = self.learn.distillation, self.sums['' if self.training else 'valid_']
         for name, pair in told.pairs.items():
-            self.add(sums, name, *pair)
-            self.add_stored(sums, name, told.extras[_targets_of[name]])
+            self.sum_errors(sums, name, *pair)
+            self.sum_targets(sums, name, told.extras[_targets_of[name]])
 
 # %% ../../nbs/07_training/02_callbacks.ipynb #ca9282f6
 @patch
-def add(self:TargetWatch, sums:dict, name:str, latent, target):
+def sum_errors(self:TargetWatch, sums:dict, name:str, latent, target):
     "The sums of one batch, over all its positions."
     error, target = (x.detach().float().transpose(0, 1).flatten(1) for x in (latent - target, target)) # (C, positions)
     square = (lambda x: x @ x.T) if self.grams else lambda x: x.square().sum(1, keepdim=True)
@@ -370,7 +370,7 @@ def add(self:TargetWatch, sums:dict, name:str, latent, target):
     sums[name, 'n'] += target.shape[1]
 
 @patch
-def add_stored(self:TargetWatch, sums:dict, name:str, stored):
+def sum_targets(self:TargetWatch, sums:dict, name:str, stored):
     "Of the targets as they come: sum, sum of squares and sum at each position; on the validation part what the mean map leaves."
     stored, mean_map = stored.detach().float(), self.mean_maps.get(name, self.sums[''].get((name, 'map'), 0)/max(self.sums[''][name, 'rows'], 1))
     moments = dict(stored_square=stored.square().sum((0, 2, 3)), stored_total=stored.sum((0, 2, 3)))

@@ -32,7 +32,7 @@ from ..data.sequences import sequence_of
 from ..features.store import FeatureStore
 from ..students.blocks import eval_mode
 from ..students.registry import create_student, list_students
-from ..targets.latent import TargetConfig, TargetStore, build_targets, find_field, open_targets
+from ..targets.latent import TargetConfig, build_targets, find_field, open_targets
 from ..targets.soft_masks import SoftMasks, adapted_teachers
 from ..targets.trainable_fusion import RawMaps, TrainableFusion
 from ..model.model import PolypDiFoM, amp_dtype, save_model
@@ -229,7 +229,7 @@ def _targets(store, images:tuple, hashes:tuple, model, target_config, config) ->
     grids = model.target_grids(config.size, find_field(store, store.check_teachers(target_config.teacher)))
     if config.fusion == 'trainable': return tuple(RawMaps(store, part, target_config.teacher) for part in images)
     made = build_targets(store, images[0], grids, model.latents.channels, target_config, more=images[1])
-    return tuple(TargetStore(made.path, part, grids, known) for part, known in zip(images, hashes))
+    return made, made.of(images[1], hashes[1])
 
 def _soft_masks(store, images:tuple, teacher, size:int) -> list: # of the training part, of the validation part
     "All soft masks, (N, 1, size, size) uint8. A warning says where the teacher is judged by what it was trained on."

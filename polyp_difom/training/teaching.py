@@ -78,13 +78,13 @@ class EMATeacher(Callback):
     def before_fit(self):
         if (part := self.dls.train.dataset).soft is None or part.n_labelled == len(part): raise InputError('EMATeacher: the training part has no unlabelled frames with soft masks')
         if self.given is None: self.given = part.soft[part.n_labelled:].clone() # the teacher's
-        if not self.average: self.average = self.copy()
-        if self.kept: self.mix()
+        if not self.average: self.average = self.copy_weights()
+        if self.kept: self.mix_soft_masks()
 
     def before_train(self):
         if self.epoch == 0 or self.epoch % self.refresh: return
         self.kept = {name: t.clone() for name, t in self.average.items()}
-        self.mix()
+        self.mix_soft_masks()
 
     def after_fit(self):
         self.dls.train.dataset.soft[self.dls.train.dataset.n_labelled:] = self.given
@@ -92,7 +92,7 @@ class EMATeacher(Callback):
 
 # %% ../../nbs/07_training/02a_teaching.ipynb #3e473fd4
 @patch
-def copy(self:EMATeacher) -> dict: return {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+def copy_weights(self:EMATeacher) -> dict: return {name: t.detach().clone() for name, t in self.model.state_dict().items()}
 
 @patch
 @torch.no_grad()
@@ -105,7 +105,7 @@ def after_step(self:EMATeacher):
 
 @patch
 @torch.no_grad()
-def mix(self:EMATeacher):
+def mix_soft_masks(self:EMATeacher):
     "New soft masks for the unlabelled frames."
     part, device = self.dls.train.dataset, next(self.model.parameters()).device
     with eval_mode(self.model):
