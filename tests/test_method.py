@@ -321,7 +321,7 @@ def test_a_student_that_has_caught_up_is_told_apart_from_a_poor_teacher(data):
         warnings.simplefilter('always')
         fit(learn, 3, cbs=Made())
     told, = [str(w.message) for w in caught if w.category is NothingToTeach]
-    assert told.startswith("headroom 0.0 points") and "the student's 0.690; it has caught up since phase I, where it had 0.400: this teacher has no more to teach" in told
+    assert told.startswith("headroom 0.0 points") and "the student's 0.690; after phase I it was 0.400; what is still to be learnt takes a better teacher" in told
 
 
 # --- teachers beside the student -----------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_a_recipe_says_what_its_arms_are_and_a_wrong_word_is_refused(tmp_path):
     assert (recipe.design.controls, recipe.design.beside, recipe.design.claims('all'), recipe.design.claims('frozen')) == (('frozen',), (('all', 'frozen'),), True, False)
     assert not {'role', 'beside'} & {key for job in list_jobs(recipe) for key in _configuration(job, recipe)}
     for wrong, told in ((dict(role='twin'), 'role twin: choose control, rival, reference'), (dict(beside=['none']), 'beside none: give other arms'), (dict(beside=['undistilled']), 'beside undistilled: give other arms'),
-                        (dict(beside='all'), 'beside all: give a list')):
+                        (dict(beside='all'), 'beside all: give a list'), (dict(beside=[['all']]), 'give other arms')):
         with pytest.raises(InputError, match=told): replace(TINY, arms={'undistilled': {}, 'all': TINY.arms['all'] | wrong})
     with pytest.raises(InputError, match='undistilled: role is of an arm that is compared with the twin'): replace(TINY, arms={'undistilled': dict(role='control'), 'all': TINY.arms['all']})
 
@@ -66,10 +66,12 @@ def test_a_recipe_says_what_its_arms_are_and_a_wrong_word_is_refused(tmp_path):
 def test_a_recipe_that_is_like_another_differs_in_what_it_says(tmp_path):
     known, like = read_recipe('few-labels'), read_recipe('new-hospital')
     assert known.shared | dict(labels=1.) == like.shared and known.teacher | dict(labels=1.) == like.teacher and {name: arm for name, arm in known.arms.items() if name != 'labels for all'} == like.arms
-    (tmp_path/'own.toml').write_text('title = "Own"\nlike = "small"\nseeds = [7]\n[shared]\nsteps = 3\n[arms.more]\nlr = 1e-3\n')
-    own = read_recipe(tmp_path/'own.toml')
-    assert (own.seeds, own.shared['steps'], own.shared['size'], [*own.arms]) == ([7], 3, 96, [*read_recipe('small').arms, 'more'])
-    for wrong, told in (('like = "smal"', 'like smal: nearest: small'), ('like = "small"\nwithout = ["al"]', 'without al: small has no such arm'), ('like = "small"\nwithout = ["undistilled"]', 'the twin undistilled is none of its arms')):
+    (tmp_path/'own.toml').write_text('title = "Own"\nlike = "small"\nwithout = ["shuffled targets"]\nseeds = [7]\n[shared]\nsteps = 3\n[arms.all]\nlr = 1e-4\n[arms.more]\nlr = 1e-3\n')
+    own, small = read_recipe(tmp_path/'own.toml'), read_recipe('small')
+    assert own.arms['all'] == small.arms['all'] | dict(lr=1e-4, beside=['soft masks']) and 'shuffled targets' in small.arms['all']['beside']
+    assert (own.seeds, own.shared['steps'], own.shared['size'], [*own.arms]) == ([7], 3, 96, ['undistilled', 'soft masks', 'all', 'more'])
+    for wrong, told in (('like = "smal"', 'like smal: nearest: small'), ('like = "small"\nwithout = ["al"]', 'without al: small has no such arm'), ('like = "small"\nwithout = ["undistilled"]', 'the twin undistilled is none of its arms'),
+                        ('without = ["all"]', 'without goes with like'), ('like = "small"\nwithout = [["all"]]', 'has no such arm')):
         (tmp_path/'own.toml').write_text(f'title = "Own"\n{wrong}\n')
         with pytest.raises(InputError, match=told): read_recipe(tmp_path/'own.toml')
 
@@ -153,7 +155,7 @@ def test_the_record_holds_the_difference_of_the_dice_of_each_image(grid):
 
 
 def test_seeds_are_other_runs(grid):
-    "Another seed has other validation images, other weights and other scores."
+    "Another seed has other validation images and other scores."
     out, _, _ = grid
     for arm in TINY.arms:
         runs = [out/'runs/unet-width=4'/arm/f'seed-{seed}' for seed in TINY.seeds]
@@ -301,12 +303,15 @@ def test_training_images_that_were_saved_again_are_no_test_set_either(data, tmp_
     for pair in train_pairs(data)[:6]:
         Image.open(pair.image).save(place/'images'/f'new-{pair.image.stem}.jpg', quality=90)
         shutil.copy(pair.mask, place/'masks'/f'new-{pair.mask.name}')
-    with pytest.raises(InputError, match='NewClinic: 6 of its 6 images are training images, or look like one'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
+    with pytest.raises(InputError, match='NewClinic: 6 of its 6 images are training images, so it is no test set'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
 
 
 def test_a_set_under_two_names_is_one(data, tmp_path):
     tests = shutil.copytree(data, tmp_path/'data')/'TestDataset'
-    shutil.copytree(next(tests.iterdir()), tests/'Again')
+    first = next(tests.iterdir())
+    shutil.copytree(first/'masks', tests/'Again'/'masks')
+    (tests/'Again'/'images').mkdir()
+    for path in (first/'images').iterdir(): Image.open(path).save(tests/'Again'/'images'/f'{path.stem}.jpg', quality=90)
     with pytest.raises(InputError, match='Again: 6 of its 6 images are in .*, too; take one of them away'): reproduce(TINY, tmp_path/'data', tmp_path/'grid', workers=1, **MADE)
 
 
@@ -331,9 +336,26 @@ def test_a_run_in_the_place_of_another_is_refused(grid, data, tmp_path):
     with pytest.raises(InputError, match='is the run of unet-width=4/all/seed-1, with seed 1; remove it'): reproduce(TINY, data, tmp_path/'grid', seeds=[2], arms=['all'], workers=1, **MADE)
 
 
+def test_what_an_earlier_version_made_is_called_that(grid, data, tmp_path):
+    shutil.copytree(grid[0], tmp_path/'grid')
+    done = tmp_path/'grid'/'features'/'adapted.done'
+    done.write_text(done.read_text().split(' of ')[0])
+    with pytest.raises(InputError, match='adapted.done: was written by an earlier version'): reproduce(TINY, data, tmp_path/'grid', seeds=[2], arms=['all'], workers=1, **MADE)
+    file = next((tmp_path/'grid').rglob('result.json'))
+    result = json.loads(file.read_text())
+    del result['configuration']['warm_heads']
+    file.write_text(json.dumps(result))
+    with pytest.raises(InputError, match='earlier version, which did not write down warm_heads; choose another --out'): reproduce(TINY, data, tmp_path/'grid', workers=1, **MADE)
+
+
+def test_a_pretrained_student_of_another_backbone_is_told_before_its_turn(data, tmp_path):
+    arms = {'undistilled': {}, 'rival': dict(student='timm-unet,width=4', pretrained=True)} # its usual backbone is another one than that of MADE
+    with pytest.raises(InputError, match='rival: its student begins with the weights of tf_efficientnet_lite0, and --backbone is of mobilenetv2_035'): reproduce(replace(TINY, arms=arms), data, tmp_path/'grid', workers=1, **MADE)
+
+
 @pytest.mark.parametrize('change, told', [(dict(preset='wurst'), 'recipe tiny: unknown preset wurst; nearest: best'), (dict(arms={'undistilled': {}, 'all': TINY.arms['all'] | dict(unlabelled='no')}), "all: unlabelled 'no': give true or false"),
                                           (dict(arms={'undistilled': dict(ratio=.3), 'all': TINY.arms['all']}), 'arm undistilled: ratio: without features'), (dict(shared=TINY.shared | dict(lrr=1)), 'arm undistilled: unknown option lrr; nearest: lr'),
-                                          (dict(seen=[3]), 'seen: 3 is no name')], ids=str)
+                                          (dict(seen=[3]), 'seen: 3 fits every set, or is no name'), (dict(seen=['CVC-']), "seen: 'CVC-' fits every set")], ids=str)
 def test_a_fault_in_a_recipe_is_told_before_anything_is_made(change, told, data, tmp_path):
     with pytest.raises(InputError, match=told): reproduce(replace(TINY, **change), data, tmp_path/'grid', workers=1, **MADE)
     assert not (tmp_path/'grid').exists()

@@ -105,6 +105,8 @@ def test_an_arm_is_told_beside_its_control():
 def test_a_set_of_a_few_images_claims_nothing_and_is_noted(tmp_path):
     results = synthetic_results({'soft masks': .1}, noise=.01, teacher=.2, sets={'Kvasir': range(30), 'PolypGen-C6': range(4)})
     assert judged(results)['gains'] == [] and 'gains from' not in verdict(results, DESIGN)
+    losing = synthetic_results({'soft masks': {'Kvasir': 0, 'PolypGen-C6': -.1}}, noise=.01, teacher=.2, sets={'Kvasir': range(30), 'PolypGen-C6': range(4)})
+    assert '"soft masks" (on no unseen set of enough images)' in verdict(losing, DESIGN) and 'loses' not in verdict(losing, DESIGN)
     assert 'PolypGen-C6: 4 independent images or sequences are too few for a claim of its own.' in write_report(results, tmp_path/'report', DESIGN)['notes']
     assert judged(synthetic_results({'soft masks': .1}, noise=.01, teacher=.2, sets={'Kvasir': range(30), 'PolypGen-C6': range(5)}))['gains']
 
@@ -112,7 +114,14 @@ def test_a_set_of_a_few_images_claims_nothing_and_is_noted(tmp_path):
 @pytest.mark.parametrize('name, unseen', [('Kvasir-SEG', False), ('kvasir', False), ('ClinicDB', False), ('cvc_clinicdb', False), ('CVC-ColonDB', True), ('ETIS', True), ('Own', True)])
 def test_a_set_is_unseen_by_its_name_however_it_is_written(name, unseen):
     assert is_unseen(name, [name]) == unseen and is_unseen(name, [name], replace(DESIGN, seen=('Own',))) == (name != 'Own')
-    assert not is_unseen('CVC-300', ['CVC-300', 'colondb'])
+    for part in ('CVC-300', 'cvc300', 'CVC-T', 'EndoScene'): assert not is_unseen(part, [part, 'colondb']) and is_unseen(part, [part])
+
+
+def test_a_loss_on_a_seen_set_is_told_whatever_its_spelling(tmp_path):
+    results = synthetic_results({'soft masks': {'Kvasir-SEG': -.1, 'CVC-ColonDB': 0}}, noise=.01, sets={'Kvasir-SEG': range(30), 'CVC-ColonDB': range(60)})
+    assert 'loses from "soft masks" (Kvasir-SEG -' in verdict(results, DESIGN)
+    write_report(results, tmp_path/'report', DESIGN)
+    assert 'Kvasir-SEG' in (tmp_path/'report'/'seen.csv').read_text() and 'Kvasir-SEG' not in (tmp_path/'report'/'unseen.csv').read_text()
 
 
 def test_images_that_are_said_to_be_of_one_patient_are_noted(tmp_path):
@@ -120,6 +129,7 @@ def test_images_that_are_said_to_be_of_one_patient_are_noted(tmp_path):
     known = {'Kvasir': {f'{n}.png': 'p' for n in SMALL['Kvasir']}}
     noted = lambda sequences: [note for note in write_report(results, tmp_path/'report', DESIGN, sequences)['notes'] if 'of one sequence' in note]
     assert [note.split(':')[0] for note in noted(known)] == ['Kvasir'] and noted({'Kvasir': known['Kvasir'] | {'0.png': 'q'}}) == noted(None) == []
+    assert compare(results, 'soft masks', 'undistilled', STUDENT, ['Kvasir'], sequences=known)['groups'] == 1 and 'Kvasir' not in [e['set'] for j in judge(differences(results, DESIGN, known), DESIGN) for e in j['losses'] + j['looked_at']]
 
 
 def test_what_an_arm_adds_to_another_is_measured_against_that_one():

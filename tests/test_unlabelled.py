@@ -382,7 +382,7 @@ def test_soft_masks_without_frames_to_learn_them_on_are_refused_before_training(
     train(data, tmp_path/'off', features=store, soft_masks=False, **SHORT)
 
 
-IDLE = [(dict(held_out=['x']), 'held_out: says whose images'), (dict(soft_masks=False, temperature=.5), 'temperature: is of soft masks'), (dict(soft_masks=False, soft_weight=2.), 'soft_weight: is of soft masks'),
+IDLE = [(dict(features=None, held_out=['x']), 'held_out: says whose test images'), (dict(soft_masks=False, temperature=.5), 'temperature: is of soft masks'), (dict(soft_masks=False, soft_weight=2.), 'soft_weight: is of soft masks'),
         (dict(refresh=3), 'refresh 3: comes after the last of 3 epochs'), (dict(latents='paper', high_at='encoder'), 'high_at: is of free latents'), (dict(features=None, soft_loss='logit-mse'), 'soft_loss: without features')]
 
 
@@ -392,7 +392,7 @@ def test_an_option_that_does_nothing_is_refused(options, told, data, store, tmp_
     assert not (tmp_path/'run').exists()
 
 
-def test_a_teacher_that_was_trained_on_test_images_is_refused(data, adapted, tmp_path):
+def test_a_teacher_that_was_trained_on_test_images_is_refused(data, frames, tmp_path):
     "By whom it was stored is no matter."
     leak = shutil.copytree(data, tmp_path/'leak')
     for pair in next(iter(sets_of(data).values())):
@@ -401,6 +401,11 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(data, adapted, tmp
     teacher = adapt(leak, tmp_path/'teacher', backbone='timm/test_efficientnet,pretrained=False,width=8', size=64, epochs=1, steps=2, batch_size=4, device='cpu')
     extract(data, [f'adapted={teacher}'], tmp_path/'store', device='cpu')
     with pytest.raises(InputError, match=r'teacher adapted was trained on \d+ of the \d+ test images'): train(data, tmp_path/'run', features=tmp_path/'store', **SHORT)
+    with pytest.raises(InputError, match=r'live_teacher adapted=.*: was trained on \d+ of the \d+ test images'): train(data, tmp_path/'run', live_teacher=f'adapted={teacher}', unlabelled=frames, **SHORT)
+    other = shutil.copytree(leak, tmp_path/'other') # whose test images this teacher has seen, too
+    untested = shutil.copytree(data, tmp_path/'untested')
+    shutil.rmtree(untested/'TestDataset')
+    with pytest.raises(InputError, match='was trained on'): train(untested, tmp_path/'run', features=tmp_path/'store', held_out=[other], **SHORT)
 
 
 def test_a_decoder_that_is_scored_on_what_its_teacher_learnt_is_warned_of(data, store, tmp_path):
@@ -413,3 +418,7 @@ def test_soft_masks_are_learnt_with_the_labels_loss(student, asked, taken, data,
     look = Look()
     train(data, tmp_path/'run', features=store, unlabelled=frames, pretrained=False, cbs=[look], **SHORT | dict(student=student, epochs=(0, 1, 0), steps=1, soft_loss=asked))
     assert look.kept.distillation.soft_loss is soft_losses[taken]
+
+
+def test_a_freeze_without_a_phase_for_it_is_warned_of(data, tmp_path):
+    with pytest.warns(UserWarning, match='freeze: phase III has no epochs'): train(data, tmp_path/'run', freeze=True, **SHORT | dict(epochs=(1, 1, 0)))

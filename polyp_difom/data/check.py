@@ -221,7 +221,8 @@ def _views(
 
 def find_test_images(
     frames:list, # paths of pictures to train on
-    tests:list # paths of test images
+    tests:list, # paths of test images
+    near:int=NEAR # bits of 256 in which hashes may differ; half of it for a picture that was turned or mirrored
 ) -> list: # of (frame, test image)
     "Frames that are test images, as the same picture or nearly so: saved again, resized, brighter, mirrored, turned by a quarter; not with more than about a hundredth of the sides cut off. Raises `InputError` for a picture that cannot be read."
     if not (frames and tests): return []
@@ -231,7 +232,7 @@ def find_test_images(
     found = {frame: found[one.digest] for frame, one in frames.items() if one.digest in found}
     for k, view in enumerate(_views(theirs)):
         for frame, i, bits in zip(frames, *_nearest(ours, view)):
-            if bits <= (NEAR/2 if k else NEAR): found.setdefault(frame, [*tests][i])
+            if bits <= (near/2 if k else near): found.setdefault(frame, [*tests][i])
     return [(frame, found[frame]) for frame in frames if frame in found]
 
 # %% ../../nbs/01_data/02_check.ipynb #acb79e7e

@@ -24,7 +24,7 @@ from ..deploy.predictor import seen_note
 from ..students.blocks import student_registry
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
-from .statistics import Design, add_distinct, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
+from .statistics import Design, add_distinct, is_seen, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
 from .verdict import points, verdict_of
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #f443bb27
@@ -332,7 +332,7 @@ def set_remarks(
 
 def set_notes(
     results:list, duplicates:dict=None, # set -> names, as from `find_duplicates`
-    trained_on:dict=None, # set -> how many of its images are training images
+    trained_on:dict=None, # set -> how many of its images are training images, and how many look like one
     twin:str='undistilled'
 ) -> list: # of str, one a remark
     "What to know of each set, and of the runs, beside the numbers."
@@ -343,8 +343,8 @@ def set_notes(
     for name in names:
         images = next(r['sets'][name]['images'] for r in results if name in r['sets'])
         free = sum(not record['area'] for record in images.values())
-        known = (trained_on or {}).get(name)
-        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{known} of {len(images)} are training images, or look like one, so its scores flatter' if known else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
+        same, alike = (trained_on or {}).get(name, (0, 0))
+        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{same} of {len(images)} are training images and {alike} look like one, so its scores flatter' if same or alike else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
         notes += [f'{name}: {text}.' for text in told if text]
     return notes
 
@@ -410,7 +410,7 @@ def draw_sizes(
 # %% ../../nbs/10_evaluation/05_report.ipynb #3f07a5b4
 def _tables(results, summary, others, design) -> dict: # title -> (file stem, rows)
     names = set_names(results)
-    seen = [name for name in names if name in design.seen]
+    seen = [name for name in names if is_seen(name, design)]
     tables = {'Table 1: seen sets, percent': ('seen', seen), 'Table 2: unseen sets, percent': ('unseen', [name for name in names if name not in seen])}
     arms = arms_table(results, design.twin)
     return ({'Arms': ('arms', arms)} if len(arms) > 1 else {}) | {title: (stem, paper_table(results, sets, others)) for title, (stem, sets) in tables.items() if sets} | {
@@ -465,7 +465,7 @@ def write_report(
     sequences:dict=None, # as from `read_sequences`
     duplicates:dict=None, # set -> names, as from `find_duplicates`
     others=(), # as from `row_from_maps`
-    trained_on:dict=None # set -> how many of its images are training images
+    trained_on:dict=None # set -> how many of its images are training images, and how many look like one
 ) -> dict: # the summary, with `verdict` and `notes`
     "Write report.md, report.tex, a CSV a table, figures, summary.json and summary.images.json.gz. Raises `InputError` if nothing can be compared."
     summary, kept, out = summarise(results, design, sequences, duplicates), add_distinct(results, duplicates), Path(out)

@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'list_recipes', 'read_recipe', 'Job', 'list_jobs', 'Sources', 'reproduce']
 
 # %% ../../nbs/10_evaluation/07_reproduce.ipynb #fd994bbf
-import json, os, platform, re, shlex, subprocess, sys, time
+import inspect, json, os, platform, re, shlex, subprocess, sys, tempfile, time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -20,22 +20,22 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..weights import save_tensors
-from ..data.check import find_test_images
+from ..data.check import NEAR, find_test_images
 from ..data.images import list_images, test_sets, train_pairs
 from ..data.loaders import fingerprint
 from ..features.extract import extract
 from ..features.store import FeatureStore
-from ..students.blocks import count_params_macs
+from ..students.blocks import count_params_macs, student_registry
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
 from ..training.learner import TrainConfig, presets
-from ..training.runs import check_frames, check_options, preset_options, resume, train
+from ..training.runs import LATER_SETTINGS, check_frames, check_options, preset_options, resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
 from .methods import score_methods
 from .report import write_report
-from .statistics import Design, find_duplicates, group_alike, group_images, is_unseen, read_result, read_results, read_sequences, write_summary
+from .statistics import Design, find_duplicates, group_alike, group_images, is_unseen, plain_name, read_result, read_results, read_sequences, write_summary
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -61,7 +61,7 @@ def _check_role(recipe, name:str, options:dict):
     if 'role' in options and options['role'] not in _roles: raise wrong(f'role {options["role"]}: choose {", ".join(_roles)}')
     others = options.get('beside', [])
     if not isinstance(others, list): raise wrong(f'beside {others}: give a list of arms')
-    if odd := [one for one in others if one not in recipe.arms or one in (name, recipe.twin)]: raise wrong(f'beside {odd[0]}: give other arms of the recipe; the twin is compared with all')
+    if odd := [one for one in others if not isinstance(one, str) or one not in recipe.arms or one in (name, recipe.twin)]: raise wrong(f'beside {odd[0]}: give other arms of the recipe; the twin is compared with all')
 
 def _check_arms(recipe):
     "Raise `InputError` for options that an arm cannot have."
@@ -99,7 +99,7 @@ class Recipe:
         if own := {'data', 'out', 'device', 'features', 'student', 'folds'} & {*self.teacher}: raise InputError(f'recipe {self.name}: teacher: {own.pop()} is not the recipe\'s to choose; leave it away')
         if self.unlabelled not in (None, 'rest', 'frames'): raise InputError(f'recipe {self.name}: unlabelled {self.unlabelled}: choose rest or frames')
         if self.preset not in presets: raise InputError(f'recipe {self.name}: unknown preset {self.preset}; {nearest(str(self.preset), presets)}')
-        if odd := [name for name in self.seen if not isinstance(name, str) or not name]: raise InputError(f'recipe {self.name}: seen: {odd[0]!r} is no name of a set')
+        if odd := [name for name in self.seen if not isinstance(name, str) or not plain_name(name)]: raise InputError(f'recipe {self.name}: seen: {odd[0]!r} fits every set, or is no name; give the beginning of one, as Kvasir')
 
     @property
     def design(self) -> Design: # of the report
@@ -113,18 +113,24 @@ def list_recipes() -> list: # of names
 
 def _packaged(name:str): return resources.files('polyp_difom')/'recipes'/f'{name}.toml'
 
+def _merge(known:dict, told:dict) -> dict:
+    "What is known, with what is told otherwise, table by table."
+    return known | {key: _merge(known[key], value) if isinstance(value, dict) and isinstance(known.get(key), dict) else value for key, value in told.items()}
+
 def _read_told(recipe, file) -> dict:
     "What a file says, over what the recipe says that it is like. Raises `InputError`."
     try: told = tomllib.loads(file.read_text())
     except (ValueError, OSError, RecursionError) as error: raise InputError(f'{recipe}: not readable as TOML ({printable(error)[:120]})') from None
     if odd := [key for key, value in told.items() if not isinstance(value, _parts.get(key, ()))]: raise InputError(f'{recipe}: {odd[0]} is unknown, or of another kind than in the recipes of the package ({", ".join(_parts)})')
     like, without = told.pop('like', None), told.pop('without', [])
-    if like is None and not without: return told
+    if like is None:
+        if without: raise InputError(f'{recipe}: without goes with like; take the arms out of this recipe instead')
+        return told
     if like not in list_recipes(): raise InputError(f'{recipe}: like {like}: {nearest(str(like), list_recipes())}')
     known = _read_told(like, _packaged(like))
-    if odd := [arm for arm in without if arm not in known['arms']]: raise InputError(f'{recipe}: without {odd[0]}: {like} has no such arm')
-    merged = known | {key: known[key] | value if isinstance(value, dict) and key in known else value for key, value in told.items()}
-    return merged | dict(arms={name: arm for name, arm in merged['arms'].items() if name not in without})
+    if odd := [arm for arm in without if not isinstance(arm, str) or arm not in known['arms']]: raise InputError(f'{recipe}: without {odd[0]}: {like} has no such arm')
+    left = {name: arm | ({'beside': [one for one in arm['beside'] if one not in without]} if 'beside' in arm else {}) for name, arm in known['arms'].items() if name not in without}
+    return _merge(known | dict(arms=left), told)
 
 def read_recipe(
     recipe # a name of `list_recipes`, or the path of a file like them
@@ -190,8 +196,8 @@ class Sources:
         pretrained = [job for job in jobs if job.takes_backbone]
         if (words & {'adapted', 'random'} or pretrained) and not self.backbone: raise InputError(f'recipe {recipe.name}: give a pretrained backbone (--backbone timm/NAME=FILE)')
         for job in pretrained:
-            asked, given = parse_spec(job.network)[2].get('backbone'), parse_spec(self.backbone)[0].removeprefix('timm/')
-            if asked not in (None, given): raise InputError(f'recipe {recipe.name}: {job.arm}: its student begins with the weights of {asked}, and --backbone is of {given}; give timm/{asked}=FILE, or leave the arm away (--arms)')
+            asked, given = parse_spec(job.network)[2].get('backbone', inspect.signature(student_registry['timm-unet']).parameters['backbone'].default), parse_spec(self.backbone)[0].removeprefix('timm/')
+            if asked != given: raise InputError(f'recipe {recipe.name}: {job.arm}: its student begins with the weights of {asked}, and --backbone is of {given}; give timm/{asked}=FILE, or leave the arm away (--arms)')
         if 'foundation' in words and not self.features: raise InputError(f'recipe {recipe.name}: give the features of foundation models (--features STORE, made by `polyp-difom extract`)')
         idle = dict(unlabelled=recipe.unlabelled != 'frames', features=all(arm.get('features') != 'foundation' for arm in recipe.arms.values()))
         if left := [name for name, unused in idle.items() if unused and getattr(self, name)]: raise InputError(f'recipe {recipe.name}: nothing in it uses --{left[0]}; leave it away')
@@ -225,6 +231,7 @@ def _prepare(recipe:Recipe, sources:Sources, jobs:list, out:Path, device):
             done, images = out/'features'/f'{name}.done', 'training images' + ' and frames'*bool(sources.unlabelled)
             known = dict(adapted=lambda: file_hash(out/'teacher'/'best.safetensors').hex(), random=lambda: _backbone_known_by(sources.backbone), filterbank=lambda: name)[name]()
             before, _, of = done.read_text().partition(' of ') if done.exists() else (images, '', known)
+            if not of: raise InputError(f'{done}: was written by an earlier version; choose another --out')
             if of != known: raise InputError(f'{out/"features"/name}: was made of other weights than the grid has now; put them back, or choose another --out')
             if not done.exists() or images not in before: _make_store(name, recipe, sources, out, device); done.write_text(f'{images} of {known}')
 
@@ -330,7 +337,8 @@ def _check_same(file:Path, held:dict, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` for what was made with other options, or of other images."
     before, known = held.get('configuration'), held.get('data')
     if not isinstance(before, dict) or not isinstance(known, dict): raise InputError(f'{file}: is damaged; remove it and the run')
-    now = _configuration(job, recipe)
+    now, before = _configuration(job, recipe), LATER_SETTINGS | before
+    if lacking := [key for key in now if key not in before]: raise InputError(f'{file}: was made by an earlier version, which did not write down {name_some(lacking, 2)}; choose another --out')
     different = [f'{key} {before.get(key)} then, {now.get(key)} now' for key in before | now if before.get(key) != now.get(key)]
     if different: raise InputError(f'{file}: made with other options ({name_some(different, 2)}); choose another --out')
     idle = [name for name in _optional if name not in data or name not in _uses(job, recipe)]
@@ -350,7 +358,8 @@ def _is_done(job:Job, recipe:Recipe, out:Path, data:dict) -> bool:
 def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
     "What `train` is called with."
     features = dict(features=sources.features if job.features == 'foundation' else out/'features'/job.features) if job.features else {}
-    frames = dict(unlabelled='rest' if recipe.unlabelled == 'rest' else sources.unlabelled, held_out=[*sources.tests]) if job.frames else {}
+    frames = dict(unlabelled='rest' if recipe.unlabelled == 'rest' else sources.unlabelled) if job.frames else {}
+    frames |= dict(held_out=[*sources.tests]) if job.frames or job.features else {}
     weights = dict(pretrained=parse_spec(sources.backbone)[1]) if job.takes_backbone else {}
     return dict(student=job.network) | job.options | features | frames | weights | dict(seed=job.seed)
 
@@ -358,8 +367,7 @@ def _train_options(job:Job, recipe:Recipe, sources:Sources, out:Path) -> dict:
 def _check_writable(record:Path):
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(record.with_suffix('.writable')): pass
-        record.with_suffix('.writable').unlink()
+        with tempfile.TemporaryFile(dir=record.parent): pass
     except OSError as error: raise InputError(f'{record}: cannot be written ({error.strerror}); choose another --json') from None
 
 def _check_place(out:Path, record):
@@ -373,7 +381,8 @@ def _check_place(out:Path, record):
 def _check_begun(run:Path, begun:Path, job:Job, recipe:Recipe, data:dict):
     "Raise `InputError` where a run that is to go on is of another job."
     held, seed = _read_json(begun), _read_json(run/'config.json').get('settings', {}).get('seed')
-    if held.get('place') != job.place or seed != job.seed: raise InputError(f'{run}: is the run of {held.get("place")}, with seed {seed}; remove it and {begun}')
+    if 'place' not in held: raise InputError(f'{begun}: was written by an earlier version; remove {run} and it')
+    if held['place'] != job.place or seed != job.seed: raise InputError(f'{run}: is the run of {held["place"]}, with seed {seed}; remove it and {begun}')
     _check_same(begun, held, job, recipe, data)
 
 def _run(job:Job, recipe:Recipe, sources:Sources, out:Path, sets:dict, data:dict, device) -> dict:
@@ -404,7 +413,7 @@ def _work(recipe, sources, jobs, out, device, sets, data, say):
         except Timeout: continue
         try:
             if _is_done(job, recipe, out, data): continue
-            with open(out/'logs'/f'{_slug(job.place)}.log', 'a') as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, data, device)
+            with open(out/'logs'/f'{_slug(job.place)}.log', 'a', buffering=1) as file, redirect_stdout(file), redirect_stderr(file): result = _run(job, recipe, sources, out, sets, data, device)
             left = [one for one in jobs if not _result(one, out).exists()]
             say(f'{job.student} · {job.arm} · seed {job.seed}: {_summary(result)}; {len(left)} of {len(jobs)} runs left{_time_left(left, out)}')
         finally: lock.release()
@@ -446,15 +455,16 @@ def reproduce(
     sources = Sources(str(data), tuple(map(str, tests)), *places, tuple(map(str, maps)))
     jobs, device = list_jobs(recipe, seeds, students, arms), find_device(device)
     sources.check(recipe, jobs)
-    sets = _sets(sources)
-    extras, data_known = _extras(sources, sets), _fingerprints(sources, sets)
     _check_place(out, record)
+    for job in jobs: _read_options(job)
+    for network in dict.fromkeys(job.network for job in jobs): create_student(network, pretrained=False)
+    sets = _sets(sources)
+    data_known = _fingerprints(sources, sets)
+    _grid_results(recipe, out, data_known)
     check_sets(sets)
     _check_apart(sets, recipe.design)
     if sources.unlabelled: check_frames(sources.unlabelled, [pair.image for pairs in sets.values() for pair in pairs])
-    for job in jobs: _read_options(job)
-    _grid_results(recipe, out, data_known)
-    for network in dict.fromkeys(job.network for job in jobs): create_student(network, pretrained=False)
+    extras = _extras(sources, sets)
     left = [job for job in jobs if not _is_done(job, recipe, out, data_known)]
     workers = min(workers or (os.cpu_count() if device.type == 'cpu' else 1), max(1, len(left)))
     out.mkdir(parents=True, exist_ok=True)
@@ -486,18 +496,19 @@ def _alike(sets:dict, known:dict) -> dict: # set -> image -> group
 
 def _check_apart(sets:dict, design:Design):
     "Raise `InputError` for an unseen set that is mostly of the images of another one; CVC-300 is known to be of CVC-ColonDB."
-    hashes = {name: {*parallel_map(file_hash, [pair.image for pair in pairs], 'reading')} for name, pairs in sets.items()}
+    images = {name: [pair.image for pair in pairs] for name, pairs in sets.items()}
     for name in [name for name in sets if is_unseen(name, sets, design)]:
         for other in sets:
-            common, whole = len(hashes[name] & hashes[other]), len(hashes[name])
-            if other != name and common > whole/2: raise InputError(f'{name}: {common} of its {whole} images are in {other}, too; take one of them away')
+            common = len(find_test_images(images[name], images[other], NEAR//2)) if other != name else 0
+            if common > len(images[name])/2: raise InputError(f'{name}: {common} of its {len(images[name])} images are in {other}, too; take one of them away')
 
-def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images, or look like one
+def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its images are training images, perhaps saved again, and how many look like one
     "Raises `InputError` for a set that is mostly of training images."
     trained = [pair.image for pair in train_pairs(sources.data)]
-    found = {name: len(find_test_images([pair.image for pair in pairs], trained)) for name, pairs in sets.items()}
-    if mostly := [name for name, n in found.items() if n > len(sets[name])/2]: raise InputError(f'{mostly[0]}: {found[mostly[0]]} of its {len(sets[mostly[0]])} images are training images, or look like one, so it is no test set; take it away')
-    return found
+    images = {name: [pair.image for pair in pairs] for name, pairs in sets.items()}
+    same, alike = ({name: len(find_test_images(of, trained, near)) for name, of in images.items()} for near in (NEAR//2, NEAR))
+    if mostly := [name for name, of in images.items() if same[name] > len(of)/2]: raise InputError(f'{mostly[0]}: {same[mostly[0]]} of its {len(images[mostly[0]])} images are training images, so it is no test set; take it away')
+    return {name: (same[name], alike[name] - same[name]) for name in sets}
 
 def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others, trained_on: as `write_report` takes them
     "What the report tells beside the runs. Raises `InputError`."

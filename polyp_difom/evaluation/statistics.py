@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DISTINCT', 'synthetic_design', 'TOGETHER', 'synthetic_results', 'read_sequences', 'group_images', 'find_duplicates',
            'group_alike', 'score_matrix', 'pair_scores', 'bootstrap_means', 'interval', 'seeds_needed',
-           'teacher_scores', 'compare', 'Design', 'names_of', 'set_names', 'is_unseen', 'unseen_sets', 'add_distinct',
-           'pooled_sets', 'differences', 'size_differences', 'read_result', 'read_results', 'summarise',
-           'write_summary']
+           'teacher_scores', 'compare', 'Design', 'names_of', 'set_names', 'plain_name', 'is_seen', 'is_unseen',
+           'unseen_sets', 'add_distinct', 'pooled_sets', 'differences', 'size_differences', 'read_result',
+           'read_results', 'summarise', 'write_summary']
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #2802e21e
-import gzip, json, re
+import gzip, json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,6 +86,11 @@ def group_images(
     given = {**(sequences or {}).get(None, {}), **(sequences or {}).get(name, {})}
     groups = [given.get(image, named_sequence(name, image)) for image in images]
     return groups if len(set(groups)) > 1 else list(images)
+
+def _independent(name, images, groups, sequences) -> int: # groups of a set; 1 where its images are drawn one by one because all are of one sequence
+    given = {**(sequences or {}).get(None, {}), **(sequences or {}).get(name.removesuffix(DISTINCT), {})}
+    return 1 if {*images} <= {*given} and len({given[image] for image in images}) == 1 else len(set(groups))
+
 
 # %% ../../nbs/10_evaluation/03_statistics.ipynb #8c56cebf
 def find_duplicates(
@@ -233,13 +238,14 @@ def compare(
     "An arm beside another: paired difference with intervals, test, seeds, wins, headroom and the share of it."
     ours, theirs = pair_scores(results, arm, base, student, sets, metric)
     if not len(ours): return None
-    groups = [(name, group) for name in ours.columns.unique(0) for group in group_images(name, ours[name].columns, sequences)]
+    of_set = {name: group_images(name, ours[name].columns, sequences) for name in ours.columns.unique(0)}
+    groups, independent = [(name, group) for name, own in of_set.items() for group in own], sum(_independent(name, ours[name].columns, own, sequences) for name, own in of_set.items())
     gain, options = (ours - theirs).to_numpy(), dict(draws=draws, seed=seed)
     drawn, means, per_image = bootstrap_means(gain, groups, **options), gain.mean(1), gain.mean(0)
     sd = float(means.std(ddof=1)) if len(means) > 1 else None
     found = dict(difference=float(gain.mean()), ci95=interval(drawn), ci_claim=interval(drawn, 1 - .05/claims), sd=sd, seeds=len(means),
                  seeds_needed=seeds_needed(gain.mean(), sd) if sd is not None else None,
-                 wilcoxon_p=float(wilcoxon(per_image).pvalue) if per_image.any() else 1., images=len(per_image), groups=len(set(groups)),
+                 wilcoxon_p=float(wilcoxon(per_image).pvalue) if per_image.any() else 1., images=len(per_image), groups=independent,
                  wins=int((per_image > 0).sum()), losses=int((per_image < 0).sum()))
     row, full = _teacher_row(results, arm, student, ours.columns, metric)
     return found if row is None else found | _headroom(gain, theirs.to_numpy(), row, full, groups, options)
@@ -280,15 +286,23 @@ def set_names(results:list) -> list: # in the order of the results
     "All sets that were scored."
     return list(dict.fromkeys(name for r in results for name in r['sets']))
 
-def _plain(name:str) -> str: return re.sub('[^a-z0-9]', '', name.casefold()).removeprefix('cvc') # Kvasir-SEG begins as Kvasir, ClinicDB is CVC-ClinicDB
+def plain_name(name:str) -> str: # of a set
+    "A name without case and signs: Kvasir-SEG begins as Kvasir, and ClinicDB is CVC-ClinicDB."
+    return ''.join(letter for letter in name.casefold() if letter.isalnum()).removeprefix('cvc')
+
+def is_seen(name:str, design:Design=Design()) -> bool: # of a set
+    "Whether training images are of this set, as its name tells."
+    return plain_name(name).startswith(tuple(map(plain_name, design.seen)))
+
+def _is_part(name:str, names) -> bool: # is it of frames of another one?
+    return name.endswith(DISTINCT) or plain_name(name) in ('300', 't', '300distinct', 'endoscene') and any(plain_name(other).startswith('colondb') for other in names)
 
 def is_unseen(
     name:str, names, # of a set, of all sets
     design:Design=Design()
 ) -> bool: # False for a set that is a part of another one
     "Whether a set is of other hospitals than the training images, as far as its name tells, and independent of the other sets."
-    part = name.endswith(DISTINCT) or _plain(name).startswith('300') and any(_plain(other).startswith('colondb') for other in names)
-    return not part and name != TOGETHER and not _plain(name).startswith(tuple(map(_plain, design.seen)))
+    return name != TOGETHER and not _is_part(name, names) and not is_seen(name, design)
 
 def unseen_sets(
     results:list, design:Design=Design()

@@ -6,7 +6,7 @@
 __all__ = ['points', 'judge', 'verdict_of', 'verdict']
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #717b6ff4
-from .statistics import TOGETHER, Design, differences, is_unseen
+from .statistics import TOGETHER, Design, differences, is_seen, is_unseen
 
 # %% ../../nbs/10_evaluation/04_verdict.ipynb #0fa49fec
 def points(
@@ -24,15 +24,15 @@ def _above(end:float) -> bool: return round(100*end, 1) > 0 # by the digits that
 
 def _judge_arm(entries:list, design:Design) -> dict: # entries are of one arm, base and student, a set each
     "By the rules: enough seeds, where it gains, where it loses."
-    names, first = [e['set'] for e in entries], entries[0]
+    names, first, seeds = [e['set'] for e in entries], entries[0], min(e['seeds'] for e in entries)
+    entries = [e for e in entries if e['groups'] >= design.groups]
     unseen = [e for e in entries if is_unseen(e['set'], names, design)]
     roomy = _with_headroom(unseen, design)
     looked_at = roomy or unseen
     together = next((e for e in entries if e['set'] == TOGETHER), None)
-    gains = [e for e in looked_at if _above(e['ci_claim'][0]) and e['groups'] >= design.groups]
-    losses = [e for e in entries if _above(-e['ci_claim'][1]) and (e in unseen or e is together or e['set'] in design.seen)]
-    helps = bool(gains) or bool(together and _above(together['ci_claim'][0]) and together['groups'] >= design.groups)
-    seeds = min(e['seeds'] for e in entries)
+    gains = [e for e in looked_at if _above(e['ci_claim'][0])]
+    losses = [e for e in entries if _above(-e['ci_claim'][1]) and (e in unseen or e is together or is_seen(e['set'], design))]
+    helps = bool(gains) or bool(together and _above(together['ci_claim'][0]))
     return {key: first[key] for key in ('arm', 'base', 'student')} | dict(seeds=seeds, enough=seeds >= design.seeds, helps=helps, harms=bool(losses), gains=gains, losses=losses,
                                                                          looked_at=looked_at, roomy=bool(roomy), together=together)
 
@@ -56,7 +56,7 @@ def _in_words(names) -> str:
 
 def _together(j) -> str:
     "The unseen sets as one; the set itself where there is one only."
-    return f'together {points(j["together"]["difference"], j["together"]["ci_claim"])}' if j['together'] else _listed(j['looked_at']) or 'no unseen set'
+    return f'together {points(j["together"]["difference"], j["together"]["ci_claim"])}' if j['together'] else _listed(j['looked_at']) or 'on no unseen set of enough images'
 
 def _gain(j, design, brief=False) -> str:
     "Where an arm helps, and how much of the headroom it recovers."

@@ -44,9 +44,8 @@ def border_weight(
 def structure_loss(
     logits, # (B, 1, H, W)
     mask, # (B, 1, H, W) in 0..1
-    pixels=None, # (B, 1, H, W), what each pixel counts; if None all alike
-    *,
-    weighted:bool=False # weigh the BCE's pixels by the border, too, as the papers write, but as their code does not
+    weighted:bool=False, # weigh the BCE's pixels by the border, too, as the papers write, but as their code does not
+    pixels=None # (B, 1, H, W), what each pixel counts; if None all alike
 ): # scalar
     "BCE + weighted IoU (PraNet, MICCAI 2020, as its published code computes it)."
     logits, mask = logits.float(), mask.float()
@@ -272,7 +271,9 @@ def logit_mse(
     return (weight*(logits - soft.logit(1/512)).square()).mean()
 
 # %% ../../nbs/07_training/01_losses.ipynb #48423a88
-soft_losses = {'bce-dice': soft_bce_dice, 'structure': structure_loss, 'structure-weighted': partial(structure_loss, weighted=True),
+def _soft_structure(logits, soft, weight, weighted=False): return structure_loss(logits, soft, weighted, weight)
+
+soft_losses = {'bce-dice': soft_bce_dice, 'structure': _soft_structure, 'structure-weighted': partial(_soft_structure, weighted=True),
                'bce-dice-squared': partial(soft_bce_dice, squared=True), 'logit-mse': logit_mse}
 
 def matching_soft_loss(

@@ -239,12 +239,13 @@ def _soft_masks(store, images:tuple, teacher, size:int) -> list: # of the traini
     return [soft.at(size), valid.at(size)]
 
 def _check_teachers(store, asked, tests:list):
-    "Raise `InputError` for a teacher that was trained on test images."
-    learned = {name: {*store.array(name).attrs.get('learned_from', ())} for name in store.check_teachers(asked)}
-    if not any(learned.values()): return
-    hashes = [digest.hex() for digest in parallel_map(file_hash, tests, 'reading')]
-    for name, seen in learned.items():
-        if known := sum(digest in seen for digest in hashes): raise InputError(f'{store.path}: teacher {name} was trained on {known} of the {len(tests)} test images; adapt it on training images alone')
+    "Raise `InputError` for a teacher of the store that was trained on test images."
+    for name in store.check_teachers(asked): _check_learned(f'{store.path}: teacher {name}', store.array(name).attrs.get('learned_from', ()), tests)
+
+def _check_learned(what:str, learned, tests:list): # hashes of images; paths
+    if not learned: return
+    known = len({*learned} & {digest.hex() for digest in parallel_map(file_hash, tests, 'reading')})
+    if known: raise InputError(f'{what} was trained on {known} of the {len(tests)} test images; adapt it on training images alone')
 
 def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Signal` of the training part, of the validation part
     "Targets where latents learn them, soft masks where a teacher in the store gives them."
@@ -257,15 +258,16 @@ def _signals(store, images:tuple, model, target_config, config) -> tuple: # `_Si
     return _shuffle(first, config.seed) if config.shuffled else first, second
 
 # %% ../../nbs/07_training/04_runs.ipynb #d6069101
-def _teaching(config:TrainConfig, device) -> list: # of callbacks
+def _teaching(config:TrainConfig, tests:list, device) -> list: # of callbacks
     "The teachers of masks that are at work in training."
-    return _live_teacher(config, device) + ([EMATeacher(config.refresh)] if config.refresh else [])
+    return _live_teacher(config, tests, device) + ([EMATeacher(config.refresh)] if config.refresh else [])
 
-def _live_teacher(config:TrainConfig, device) -> list: # of one callback or none
-    "Raises `InputError` for a teacher that makes no masks."
+def _live_teacher(config:TrainConfig, tests:list, device) -> list: # of one callback or none
+    "Raises `InputError` for a teacher that makes no masks, or was trained on test images."
     if not config.live_teacher: return []
     teacher = create_teacher(config.live_teacher).to(device)
     if not teacher.provenance.get('mask_logits'): raise InputError(f'live_teacher {config.live_teacher}: makes no masks; give one that was adapted, as adapted=FOLDER')
+    _check_learned(f'live_teacher {config.live_teacher}:', teacher.learned_from, tests)
     return [LiveTeacher(teacher, config.mixup)]
 
 # %% ../../nbs/07_training/04_runs.ipynb #f463c69c
@@ -276,7 +278,8 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     if min(config.batch_size, len(train_part)) == 1: _check_single(model, config.size)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
-    if store: _check_teachers(store, target_config.teacher, _forbidden(data, layout, [], frames.held_out))
+    tests = _forbidden(data, layout, [], frames.held_out)
+    if store: _check_teachers(store, target_config.teacher, tests)
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
     if config.fusion == 'trainable' and model.distilled: model.teacher_fusion = TrainableFusion(signals[0].targets.channels, model.latents.channels)
     parts = [PolypDataset(pairs, config.size, signal.targets, config.allow_empty, layout.mask_above, others, signal.soft)
@@ -289,7 +292,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     if config.refresh and (config.live_teacher or signals[0].soft is None or not unlabelled): raise InputError('refresh: mixes stored soft masks of frames without labels with those of the student, and there are none; give features of an adapted teacher and frames (--unlabelled FRAMES), or leave it away')
     dls = polyp_dataloaders(*parts, config.batch_size, config.scales, device, augment=config.augment, colour_exchange=config.colour_exchange, ratio=config.ratio, steps=config.steps)
     distill = config.distillation(soft, chosen_loss(model.student, config.loss)) if features or config.live_teacher else None
-    learn = difom_learner(dls, model, loss, distill, (dice_score, *metrics), [EpochSeed(config.seed), *_teaching(config, device), *cbs])
+    learn = difom_learner(dls, model, loss, distill, (dice_score, *metrics), [EpochSeed(config.seed), *_teaching(config, tests, device), *cbs])
     learn.teachers = {name: store.array(name).attrs['provenance'] for name in store.check_teachers(target_config.teacher)} if store else {} # how features were made
     return learn
 
@@ -545,7 +548,7 @@ def check_options(
     if config.fusion == 'trainable' and not features: raise InputError('fusion trainable: without features there is nothing to fuse; give a feature store (--features)')
     if config.soft_masks and not taught: raise InputError('soft_masks: without features there are none; give the store of an adapted teacher (--features)')
     if unlabelled is not None and not taught: raise InputError('unlabelled: without features nothing learns from frames without labels; give the store of an adapted teacher')
-    if held_out and unlabelled is None: raise InputError('held_out: says whose images must not be among the frames without labels, and there are no frames; give some (--unlabelled FRAMES), or leave it away')
+    if held_out and not taught: raise InputError('held_out: says whose test images neither frames without labels nor a teacher may have seen, and there is no teacher; give features (--features), or leave it away')
     if not taught and (left := idle(('shuffled', 'confident', 'temperature', 'ratio', 'refresh', 'ramp', 'soft_loss', 'soft_weight', 'soft_on'))): raise InputError(f'{left[0]}: without features there is no teacher that it could change; give a feature store (--features), or leave it away')
     if config.soft_masks is False and (left := idle(('confident', 'temperature', 'soft_loss', 'soft_weight', 'soft_on', 'refresh'))): raise InputError(f'{left[0]}: is of soft masks, and soft_masks is False; leave one of them away')
     if config.refresh >= sum(config.epochs) > 0 and config.refresh: raise InputError(f'refresh {config.refresh}: comes after the last of {sum(config.epochs)} epochs; give fewer')
@@ -560,7 +563,7 @@ def train(
     *,
     preset:str='best', # what is not given otherwise: `best` or `paper`, see `presets`
     unlabelled=None, # frames without masks: a folder, or `rest` for the training images that `labels` leaves out
-    held_out=(), # further data sets whose images must not be among them; the test sets of `data` never may
+    held_out=(), # further data sets whose test images neither frames nor teacher may have seen; those of `data` never may
     width:int=None, # of the student, if it has such an option
     pretrained=True, # backbone weights: True for the hub's, False for none, a path for a file's
     device=None, # the fastest there is if None
@@ -575,6 +578,7 @@ def train(
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
     check_options(config, features, frames.unlabelled, frames.held_out)
     if (features or config.live_teacher) and not any(config.epochs[1:]): warnings.warn('phases II and III have no epochs, so nothing is distilled: give them some, as epochs=(10, 20, 10)')
+    if config.freeze and not config.epochs[2]: warnings.warn('freeze: phase III has no epochs, so the encoder never stands still: give it some, as epochs=(10, 20, 10)')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
     learn = _prepare(data, features, frames, model, layout, target_config, config, place, cbs, metrics)
     changed = _given(preset, layout, target_config, config, frames) | own.given() | ({} if device is None else dict(device=str(device)))

@@ -58,7 +58,7 @@ def after_fit(self:HeadroomWatch):
     if not self.columns or 'teacher_dice' not in self.values: return
     teacher = self.values['teacher_dice']
     if teacher - self.best >= self.least: return
-    what = f'it has caught up since phase I, where it had {self.alone:.3f}: this teacher has no more to teach' if -1 < self.alone <= teacher - self.least else 'there is nothing to teach, look for a better teacher'
+    what = f'after phase I it was {self.alone:.3f}; what is still to be learnt takes a better teacher, and whether this one brought it here an undistilled run tells' if -1 < self.alone <= teacher - self.least else 'there is nothing to teach, look for a better teacher'
     warnings.warn(f'headroom {100*(teacher - self.best):.1f} points at threshold 0.5: the teacher\'s validation Dice is {teacher:.3f}, the student\'s {self.best:.3f}; {what}', NothingToTeach)
 
 # %% ../../nbs/07_training/02a_teaching.ipynb #1ec9e5cb
