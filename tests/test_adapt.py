@@ -319,12 +319,3 @@ def test_on_the_command_line(data, tmp_path, polyp_difom, fails):
     assert polyp_difom('extract', data, '--teacher', f'adapted={tmp_path}/out', '--out', tmp_path/'store', '--device', 'cpu').returncode == 0
     assert FeatureStore(tmp_path/'store').teachers == ['adapted']
     assert 'give a backbone' in fails('adapt', data, '--out', tmp_path/'new')
-
-
-def test_on_a_cluster(adapted, data, tmp_path, polyp_difom):
-    ray = pytest.importorskip('ray')
-    ray.init(num_cpus=2, log_to_driver=False, logging_level='error', include_dashboard=False)
-    try: assert polyp_difom('extract', data, '--teacher', f'adapted={adapted}', '--out', tmp_path/'ray', '--engine', 'ray').returncode == 0
-    finally: ray.shutdown()
-    extract(data, [f'adapted={adapted}'], tmp_path/'alone', device='cpu')
-    for image in list_images(data)[:4]: assert np.array_equal(FeatureStore(tmp_path/'ray').read('adapted', image), FeatureStore(tmp_path/'alone').read('adapted', image))

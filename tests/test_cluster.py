@@ -9,6 +9,7 @@ from polyp_difom.data.images import list_images
 from polyp_difom.features.extract import extract
 from polyp_difom.features.store import FeatureStore
 from polyp_difom.data.synthetic import make_synthetic
+from polyp_difom.training.adapt import adapt
 
 TEACHER = 'filterbank,size=64,levels=2'
 
@@ -109,3 +110,10 @@ def test_options_that_do_not_go_together(wrong, polyp_difom, data, tmp_path):
 def test_no_pictures_no_store(fails, cluster, tmp_path):
     assert 'no such folder' in fails('extract', tmp_path/'nowhere', '--teacher', 'filterbank', '--engine', 'ray', '--out', tmp_path/'store')
     assert not (tmp_path/'store').exists()
+
+
+def test_an_adapted_teacher_on_the_cluster_is_the_same(cluster, polyp_difom, data, tmp_path):
+    teacher = adapt(data, tmp_path/'teacher', backbone='timm/test_efficientnet,pretrained=False,width=8', size=64, epochs=1, steps=2, batch_size=4, device='cpu')
+    assert polyp_difom('extract', data, '--teacher', f'adapted={teacher}', '--out', tmp_path/'ray', '--engine', 'ray').returncode == 0
+    extract(data, [f'adapted={teacher}'], tmp_path/'alone', device='cpu')
+    for image in list_images(data)[:4]: assert np.array_equal(FeatureStore(tmp_path/'ray').read('adapted', image), FeatureStore(tmp_path/'alone').read('adapted', image))
