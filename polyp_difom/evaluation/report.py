@@ -344,7 +344,7 @@ def set_notes(
         images = next(r['sets'][name]['images'] for r in results if name in r['sets'])
         free = sum(not record['area'] for record in images.values())
         same, alike = (trained_on or {}).get(name, (0, 0))
-        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{same} of {len(images)} are training images and {alike} look like one, so its scores flatter' if same or alike else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
+        told = [_note(name, images, (duplicates or {}).get(name, ()), names), f'{same} of {len(images)} are training images, or nearly so, and {alike} look like one, so its scores flatter' if same or alike else '', f'{free} of {len(images)} frames hold no polyp: their mDice is 0, whatever is predicted' if free else '']
         notes += [f'{name}: {text}.' for text in told if text]
     return notes
 

@@ -507,7 +507,7 @@ def _trained_on(sources:Sources, sets:dict) -> dict: # set -> how many of its im
     trained = [pair.image for pair in train_pairs(sources.data)]
     images = {name: [pair.image for pair in pairs] for name, pairs in sets.items()}
     same, alike = ({name: len(find_test_images(of, trained, near)) for name, of in images.items()} for near in (NEAR//2, NEAR))
-    if mostly := [name for name, of in images.items() if same[name] > len(of)/2]: raise InputError(f'{mostly[0]}: {same[mostly[0]]} of its {len(images[mostly[0]])} images are training images, so it is no test set; take it away')
+    if mostly := [name for name, of in images.items() if same[name] > len(of)/2]: raise InputError(f'{mostly[0]}: {same[mostly[0]]} of its {len(images[mostly[0]])} images are training images, or nearly so, and it is no test set; take it away')
     return {name: (same[name], alike[name] - same[name]) for name in sets}
 
 def _extras(sources:Sources, sets:dict) -> dict: # sequences, duplicates, others, trained_on: as `write_report` takes them
