@@ -118,9 +118,10 @@ def test_one_more_metric_shifts_nothing(data, features, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_the_best_epoch_is_that_of_the_best_dice(data, tmp_path):
-    "And not of any other metric, nor of the last epoch."
-    epochs = iter((0.2, 0.9, 0.5))
+@pytest.mark.parametrize('scores, metrics, told', [((0.2, 0.9, 0.5), [lambda logits, mask: torch.tensor(-5.)], 'best epoch 2 of 3, validation Dice 0.900'), ((0.9, 0.5, 0.2), [], 'best epoch 2 of 3, validation Dice 0.500')],
+                         ids=['and not of another metric, nor the last', 'among the phases that distil'])
+def test_the_best_epoch_is_that_of_the_best_dice(scores, metrics, told, data, tmp_path):
+    epochs = iter(scores)
     class Fixed(Callback):
         order = 51 # behind the recorder
         def before_epoch(self): self.dice = next(epochs)
@@ -129,26 +130,10 @@ def test_the_best_epoch_is_that_of_the_best_dice(data, tmp_path):
     class Keep(Callback):
         order = 99
         def after_epoch(self): kept[self.epoch + 1] = {k: v.clone() for k, v in self.model.state_dict().items()}
-    run = train(data, tmp_path/'run', cbs=[Fixed(), Keep()], metrics=[lambda logits, mask: torch.tensor(-5.)], **SHORT)
+    run = train(data, tmp_path/'run', cbs=[Fixed(), Keep()], metrics=metrics, **SHORT)
     best = load_model(run).state_dict()
     assert all(torch.equal(best[k], kept[2][k]) for k in best)
-    assert f'best epoch 2 of 3, validation Dice 0.900' in summary_lines(run)[0]
-
-
-def test_the_epoch_is_chosen_among_the_phases_that_distil(data, tmp_path):
-    "The best Dice of all is in phase I, where nothing is distilled yet."
-    epochs = iter((0.9, 0.5, 0.2))
-    class Fixed(Callback):
-        order = 51 # behind the recorder
-        def before_epoch(self): self.dice = next(epochs)
-        def after_epoch(self): self.learn.final_record[self.recorder.metric_names.index('dice_score') - 1] = self.dice
-    kept = {}
-    class Keep(Callback):
-        order = 99
-        def after_epoch(self): kept[self.epoch + 1] = {k: v.clone() for k, v in self.model.state_dict().items()}
-    run = train(data, tmp_path/'run', cbs=[Fixed(), Keep()], **SHORT)
-    best = load_model(run).state_dict()
-    assert all(torch.equal(best[k], kept[2][k]) for k in best) and 'best epoch 2 of 3, validation Dice 0.500' in summary_lines(run)[0]
+    assert told in summary_lines(run)[0]
 
 
 def test_any_callable_is_a_loss_a_metric_a_distance(data, features):

@@ -24,7 +24,7 @@ from ..deploy.predictor import seen_note
 from ..students.blocks import student_registry
 from .metrics import score_folder
 from .polyps import SIZES, detection, size_of
-from .statistics import Design, add_distinct, is_seen, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
+from .statistics import Design, add_distinct, is_one_sequence, is_seen, names_of, pair_scores, pooled_sets, set_names, summarise, unseen_sets, write_summary
 from .verdict import points, verdict_of
 
 # %% ../../nbs/10_evaluation/05_report.ipynb #f443bb27
@@ -454,8 +454,7 @@ def _more_notes(results, found, design, sequences, others) -> list: # of str
     groups = {e['set']: e['groups'] for e in found}
     notes = [f'{name}: {groups[name]} independent images or sequences are too few for a claim of its own.' for name in unseen_sets(results, design) if groups.get(name, design.groups) < design.groups]
     images = {name: next(r['sets'][name]['images'] for r in results if name in r['sets']) for name in set_names(results)}
-    given = {name: {**(sequences or {}).get(None, {}), **(sequences or {}).get(name, {})} for name in images}
-    notes += [f'{name}: all its images are of one sequence, so they are drawn one by one, and nothing is said of other patients.' for name, of in images.items() if len(of) > 1 and len({given[name].get(image) for image in of} - {None}) == 1 and {*of} <= {*given[name]}]
+    notes += [f'{name}: all its images are of one sequence, so they are drawn one by one, and nothing is said of other patients.' for name, of in images.items() if is_one_sequence(name, of, sequences)]
     return notes + [f'{row["method"]}, {name}: {scores["resized"]} of {scores["images"]} maps were resized to their masks.' for row in others for name, scores in row['sets'].items() if scores.get('resized')]
 
 def write_report(

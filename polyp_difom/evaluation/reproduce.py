@@ -29,7 +29,7 @@ from ..students.blocks import count_params_macs, student_registry
 from ..students.registry import create_student
 from ..targets.latent import TargetConfig
 from ..training.learner import TrainConfig, presets
-from ..training.runs import LATER_SETTINGS, check_frames, check_options, preset_options, resume, train
+from ..training.runs import LATER_SETTINGS, check_frames, check_idle, preset_options, resume, train
 from ..training.adapt import adapt
 from ..deploy.predictor import read_run
 from .benchmark import check_sets, score_set, set_result
@@ -322,7 +322,7 @@ def _read_options(job:Job) -> tuple: # TargetConfig, TrainConfig
     own = {key: value for key, value in job.options.items() if key not in ('preset', 'pretrained')}
     try:
         targets, training = read_options(preset_options(job.options['preset'], own | dict(unlabelled=job.frames)) | own | dict(seed=job.seed), TargetConfig, TrainConfig)
-        check_options(training, job.features, 'frames' if job.frames else None)
+        check_idle(training, job.features, 'frames' if job.frames else None)
     except InputError as error: raise InputError(f'arm {job.arm}: {error}') from None
     return targets, training
 

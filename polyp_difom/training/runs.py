@@ -278,7 +278,7 @@ def _prepare(data, features, frames, model, layout, target_config, config, devic
     if min(config.batch_size, len(train_part)) == 1: _check_single(model, config.size)
     images = [*(pair.image for pair in train_part), *unlabelled], [pair.image for pair in valid_part]
     store = FeatureStore(features) if features else None
-    tests = _forbidden(data, layout, [], frames.held_out)
+    tests = _forbidden(data, layout, [], frames.held_out) if store or config.live_teacher else [] # what no teacher may have seen
     if store: _check_teachers(store, target_config.teacher, tests)
     signals = _signals(store, images, model, target_config, config) if store else (_no_signal, _no_signal)
     if config.fusion == 'trainable' and model.distilled: model.teacher_fusion = TrainableFusion(signals[0].targets.channels, model.latents.channels)
@@ -536,7 +536,7 @@ def _open_run(out:Path, learn, data, features, settings:dict, command:str, devic
     write_files(out, learn)
 
 # %% ../../nbs/07_training/04_runs.ipynb #799d0682
-def check_options(
+def check_idle(
     config:TrainConfig,
     features, # a store, or what stands for one; None where there is none
     unlabelled, # frames, or what stands for them; None where there are none
@@ -576,7 +576,7 @@ def train(
     layout, target_config, config, own, frames = read_options(preset_options(preset, options | dict(unlabelled=unlabelled)) | options | dict(width=width, pretrained=pretrained, unlabelled=unlabelled, held_out=held_out),
                                                               Layout, TargetConfig, TrainConfig, _StudentOptions, _Frames)
     out, place, board = _free_folder(out), find_device(device), [_tensorboard(out)] if tensorboard else []
-    check_options(config, features, frames.unlabelled, frames.held_out)
+    check_idle(config, features, frames.unlabelled, frames.held_out)
     if (features or config.live_teacher) and not any(config.epochs[1:]): warnings.warn('phases II and III have no epochs, so nothing is distilled: give them some, as epochs=(10, 20, 10)')
     if config.freeze and not config.epochs[2]: warnings.warn('freeze: phase III has no epochs, so the encoder never stands still: give it some, as epochs=(10, 20, 10)')
     model = _make_model(student, own.given(), _latents(features, config), config, place)
